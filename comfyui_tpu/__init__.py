@@ -1,7 +1,7 @@
 """ComfyUI on TPU: stock Diffusers pipelines drive, JAX on the TPU computes, ComfyUI shows.
 
-Rooms, importing only downwards: ``comfy`` (everything that touches ComfyUI) → ``models`` (facts about each model family)
-→ ``runtime`` (device modules, weights, mesh, memory) → ``ops`` (pure JAX functions).
+Rooms, importing only downwards: ``comfy`` (everything that touches ComfyUI) → ``models`` (facts about each model
+family) → ``runtime`` (device modules, weights, mesh, memory) → ``ops`` (pure JAX functions).
 """
 
 __version__ = "0.1.0"

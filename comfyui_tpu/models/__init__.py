@@ -1,0 +1,1 @@
+"""One module per model family. Facts about a model (names, sizes, defaults, rules) live here and nowhere else."""

@@ -1,0 +1,1 @@
+"""Pure JAX functions. Nothing here imports torch or ComfyUI."""

@@ -1,0 +1,4 @@
+"""Model-agnostic machinery: device modules, weights, plans, the memory registry, the compile cache.
+
+Nothing here imports ComfyUI.
+"""

@@ -1,0 +1,441 @@
+"""Wan 2.1 text-to-video: UMT5 text encoder, Wan transformer (1.3 B and 14 B), causal Wan video autoencoder.
+
+The stock ``WanPipeline`` drives; its three modules are device modules.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import threading
+from collections import OrderedDict
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from comfyui_tpu.runtime import causal
+from comfyui_tpu.runtime.checkpoint import read_config
+from comfyui_tpu.runtime.device_module import ComponentSpec, DeviceModule, Options
+from comfyui_tpu.runtime.errors import CheckpointError, InvalidInput, NumericsError
+from comfyui_tpu.runtime.plan import Plan, spatial, spread
+
+SIZE_MULTIPLE = 16  # the autoencoder divides by 8, the transformer's patches by 2
+MIN_SIZE, MAX_SIZE = 256, 1280
+MIN_FRAMES, MAX_FRAMES, FRAMES_PER_LATENT = 17, 121, 4
+TEXT_TOKENS = 512
+
+# Float32 bytes of the widest activation (base_dim channels at full size) that one decoded chunk may have on a chip.
+# Around five of them live at once, which keeps the decoder below 8 GiB.
+DECODE_ACTIVATION_BUDGET = 1.5 * 2**30
+MAX_CHUNK_LATENTS = 4
+
+
+def check_video_size(height: int, width: int, num_frames: int) -> None:
+    """Raise InvalidInput unless Wan can make a video of ``height`` × ``width`` pixels and ``num_frames`` frames."""
+    for name, value in (("height", height), ("width", width)):
+        if not MIN_SIZE <= value <= MAX_SIZE or value % SIZE_MULTIPLE:
+            raise InvalidInput(
+                f"{name} must be a multiple of {SIZE_MULTIPLE} from {MIN_SIZE} to {MAX_SIZE}; got {value}. "
+                f"Nearest: {_nearest(value, MIN_SIZE, MAX_SIZE, SIZE_MULTIPLE, 0)}."
+            )
+    if not MIN_FRAMES <= num_frames <= MAX_FRAMES or num_frames % FRAMES_PER_LATENT != 1:
+        raise InvalidInput(
+            f"num_frames must be 4n + 1 from {MIN_FRAMES} to {MAX_FRAMES} (17, 21, …, 81, …, 121); got {num_frames}. "
+            f"Nearest: {_nearest(num_frames, MIN_FRAMES, MAX_FRAMES, FRAMES_PER_LATENT, 1)}."
+        )
+
+
+def _nearest(value: int, low: int, high: int, step: int, remainder: int) -> int:
+    return min(max(round((value - remainder) / step) * step + remainder, low), high)
+
+
+# --- components -------------------------------------------------------------------------------------------------------
+
+
+def _build_text_encoder(config: dict) -> torch.nn.Module:
+    from transformers import UMT5Config, UMT5EncoderModel
+
+    # Eager attention: the other implementations look at the mask's values to choose a kernel, which a trace cannot.
+    return UMT5EncoderModel._from_config(UMT5Config.from_dict(config), attn_implementation="eager")
+
+
+def _build_transformer(config: dict) -> torch.nn.Module:
+    from diffusers import WanTransformer3DModel
+
+    return WanTransformer3DModel.from_config(config)
+
+
+def _build_vae(config: dict) -> torch.nn.Module:
+    from diffusers import AutoencoderKLWan
+
+    return AutoencoderKLWan.from_config(config)
+
+
+def _encode_text(encoder, input_ids, attention_mask):
+    return encoder(input_ids=input_ids, attention_mask=attention_mask).last_hidden_state
+
+
+def _denoise(transformer, **inputs):
+    return transformer(**inputs, return_dict=False)[0]
+
+
+def _decode_chunk(vae, x, state=None):
+    """Latents ``[B, 16, T, h, w]`` → frames ``[B, 3, 4·T, 8·h, 8·w]`` (one frame from the first latent) and new state.
+
+    The stock decoder keeps one entry per causal convolution in a list; before the first chunk all are None, and "Rep"
+    marks a temporal upsampler that has seen only the first frame (crossing the program's border as None).
+    """
+    first = state is None
+    cache = [None] * vae._cached_conv_counts["decoder"] if first else ["Rep" if c is None else c for c in state]
+    frames = vae.decoder(vae.post_quant_conv(x), feat_cache=cache, feat_idx=[0], first_chunk=first)
+    if vae.config.patch_size is not None:
+        from diffusers.models.autoencoders.autoencoder_kl_wan import unpatchify
+
+        frames = unpatchify(frames, patch_size=vae.config.patch_size)
+    return frames.clamp(-1.0, 1.0), [None if isinstance(c, str) else c for c in cache]
+
+
+def _encode_chunk(vae, x, state=None):
+    """Frames ``[B, 3, T, H, W]`` → moments ``[B, 32, T/4, H/8, W/8]`` (one from the first frame) and new state."""
+    if vae.config.patch_size is not None:
+        from diffusers.models.autoencoders.autoencoder_kl_wan import patchify
+
+        x = patchify(x, patch_size=vae.config.patch_size)
+    cache = [None] * vae._cached_conv_counts["encoder"] if state is None else list(state)
+    moments = vae.encoder(x, feat_cache=cache, feat_idx=[0])
+    return vae.quant_conv(moments), cache
+
+
+TEXT_ENCODER = ComponentSpec(
+    name="text_encoder",
+    build=_build_text_encoder,
+    methods={"encode": _encode_text},
+    default_plan=spread,
+    config_class="UMT5EncoderModel",
+    stacked=("encoder.block",),
+)
+
+TRANSFORMER = ComponentSpec(
+    name="transformer",
+    build=_build_transformer,
+    methods={"denoise": _denoise},
+    default_plan=spread,
+    config_class="WanTransformer3DModel",
+    stacked=("blocks",),
+    # WanTransformer3DModel._keep_in_fp32_modules of Diffusers 0.42
+    keep_float32=("rope", "time_embedder", "scale_shift_table", "norm1", "norm2", "norm3"),
+    unused=(r"norm_added_q",),
+)
+
+VAE = ComponentSpec(
+    name="vae",
+    build=_build_vae,
+    methods={
+        "decode_first": _decode_chunk,
+        "decode_next": _decode_chunk,
+        "encode_first": _encode_chunk,
+        "encode_next": _encode_chunk,
+    },
+    default_plan=spatial,
+    config_class="AutoencoderKLWan",
+    # The pipelines load this autoencoder in float32: bfloat16 shows as colour banding.
+    always_float32=True,
+)
+
+
+class WanTextEncoder(DeviceModule):
+    """Called as ``UMT5EncoderModel``: ids and mask ``[B, 512]`` → ``.last_hidden_state`` ``[B, 512, d_model]``."""
+
+    def __call__(self, input_ids: torch.Tensor, attention_mask: torch.Tensor):
+        from transformers.modeling_outputs import BaseModelOutput
+
+        from comfyui_tpu.runtime.bridge import to_torch
+
+        out = self.run("encode", {"input_ids": input_ids, "attention_mask": attention_mask})
+        return BaseModelOutput(last_hidden_state=to_torch(out))
+
+
+class WanTransformer(DeviceModule):
+    """Called as ``WanTransformer3DModel``: latents ``[B, C, T, h, w]`` → predicted velocity of the same shape."""
+
+    def __call__(
+        self,
+        hidden_states: torch.Tensor,
+        timestep: torch.Tensor,
+        encoder_hidden_states: torch.Tensor,
+        encoder_hidden_states_image: torch.Tensor | None = None,
+        attention_kwargs: dict | None = None,
+        return_dict: bool = True,
+    ):
+        from diffusers.models.modeling_outputs import Transformer2DModelOutput
+
+        from comfyui_tpu.runtime.bridge import to_torch
+
+        if attention_kwargs:
+            raise InvalidInput(f"attention_kwargs are not supported on the TPU; got {sorted(attention_kwargs)}.")
+        inputs = {
+            "hidden_states": hidden_states,
+            "timestep": timestep,
+            "encoder_hidden_states": encoder_hidden_states,
+        }
+        if encoder_hidden_states_image is not None:
+            inputs["encoder_hidden_states_image"] = encoder_hidden_states_image
+        sample = to_torch(self.run("denoise", inputs))
+        return Transformer2DModelOutput(sample=sample) if return_dict else (sample,)
+
+
+class WanVAE(DeviceModule):
+    """Called as ``AutoencoderKLWan``: ``encode`` and ``decode``, chunk by chunk with progress and Cancel between."""
+
+    @property
+    def temperal_downsample(self) -> Any:  # Diffusers' spelling
+        return self.skeleton.module.temperal_downsample
+
+    def decode(self, z: torch.Tensor, return_dict: bool = True):
+        """Latents ``[B, 16, T, h, w]`` (un-normalised) → frames ``[B, 3, 4·(T-1)+1, 8·h, 8·w]`` in -1..1."""
+        from diffusers.models.autoencoders.vae import DecoderOutput
+
+        latents = self._chunk_latents(z.shape[0], z.shape[3] * 8, z.shape[4] * 8)
+        chunking = causal.Chunking("decode_first", "decode_next", 1, latents, lambda n: 4 * n, "decoding frames")
+        frames = causal.run(self, chunking, z.float())
+        return DecoderOutput(sample=frames) if return_dict else (frames,)
+
+    def encode(self, x: torch.Tensor, return_dict: bool = True):
+        """Frames ``[B, 3, 4·n+1, H, W]`` in -1..1 → distribution of latents ``[B, 16, n+1, H/8, W/8]``."""
+        from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
+        from diffusers.models.modeling_outputs import AutoencoderKLOutput
+
+        # As the stock encoder: frames past the last whole group of four are not encoded.
+        x = x[:, :, : 1 + (x.shape[2] - 1) // 4 * 4]
+        frames = 4 * self._chunk_latents(x.shape[0], x.shape[3], x.shape[4])
+        chunking = causal.Chunking("encode_first", "encode_next", 1, frames, lambda n: n // 4, "encoding frames")
+        posterior = DiagonalGaussianDistribution(causal.run(self, chunking, x.float()))
+        return AutoencoderKLOutput(latent_dist=posterior) if return_dict else (posterior,)
+
+    def _chunk_latents(self, batch: int, height: int, width: int) -> int:
+        """Latent frames per chunk: as many as the activation budget allows, from 1 to MAX_CHUNK_LATENTS."""
+        pixels = batch * height * width * self.raw_config.get("base_dim", 96)
+        per_latent = 4 * pixels * 4 / self.plan.chips
+        return int(min(max(DECODE_ACTIVATION_BUDGET // per_latent, 1), MAX_CHUNK_LATENTS))
+
+
+# --- text to video ----------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class StepInfo:
+    """One finished denoising step.
+
+    Attributes:
+        step: 1-based.
+        total: number of steps.
+        latents: the predicted clean latents ``[B, 16, T, h, w]`` in the model's normalised space (the noisy ones where
+            the scheduler does not keep a prediction).
+    """
+
+    step: int
+    total: int
+    latents: torch.Tensor
+
+
+@dataclass(frozen=True)
+class Plans:
+    """Plans by component; None lets the number of chips decide."""
+
+    text_encoder: Plan | None = None
+    transformer: Plan | None = None
+    vae: Plan | None = None
+
+
+class WanTextToVideo:
+    """A Wan 2.1 text-to-video checkpoint. Opening reads configs only; weights load when a component first runs."""
+
+    _opened: OrderedDict[tuple, WanTextToVideo] = OrderedDict()
+    _opened_lock = threading.Lock()
+    _OPENED_MAX = 4  # modules without weights, a few MB each
+
+    def __init__(self, folder: Path, devices: tuple | None = None, plans: Plans = Plans()):  # noqa: B008 (frozen)
+        self.folder = Path(folder)
+        _check_model_index(self.folder)
+        self.text_encoder = WanTextEncoder(TEXT_ENCODER, self.folder, devices=devices, plan=plans.text_encoder)
+        self.transformer = WanTransformer(TRANSFORMER, self.folder, devices=devices, plan=plans.transformer)
+        self.vae = WanVAE(VAE, self.folder, devices=devices, plan=plans.vae)
+
+    @classmethod
+    def open(cls, folder: Path) -> WanTextToVideo:
+        """The checkpoint in ``folder`` on all chips; the same object as long as its files do not change.
+
+        Raises:
+            CheckpointError: it is not a complete Wan 2.1 text-to-video checkpoint in Diffusers layout.
+        """
+        fresh = cls(folder)
+        key = (fresh.text_encoder.key, fresh.transformer.key, fresh.vae.key)
+        with cls._opened_lock:
+            model = cls._opened.setdefault(key, fresh)
+            cls._opened.move_to_end(key)
+            while len(cls._opened) > cls._OPENED_MAX:
+                cls._opened.popitem(last=False)
+        return model
+
+    @property
+    def text_dim(self) -> int:
+        """Width of the text embeddings the transformer takes."""
+        return self.transformer.raw_config.get("text_dim", 4096)
+
+    @property
+    def latent_channels(self) -> int:
+        return self.vae.raw_config.get("z_dim", 16)
+
+    def describe_plan(self) -> str:
+        """Which plan runs where, for people."""
+        device = self.transformer.devices[0]
+        count = len(self.transformer.devices)
+        kind = device.device_kind if device.platform != "cpu" else "CPU (no TPU found)"
+        return f"{self.transformer.plan.name} over {count} × {kind}, {str(self.transformer.dtype).split('.')[-1]}"
+
+    def encode_prompt(self, prompt: str, negative_prompt: str) -> tuple[torch.Tensor, torch.Tensor]:
+        """Embeddings of both texts, each ``[1, 512, text_dim]`` float32."""
+        embeds, negative = self._pipeline(flow_shift=None).encode_prompt(
+            prompt=prompt,
+            negative_prompt=negative_prompt,
+            do_classifier_free_guidance=True,
+            max_sequence_length=TEXT_TOKENS,
+        )
+        return _finite(embeds.float(), "text encoder"), _finite(negative.float(), "text encoder")
+
+    def sample(
+        self,
+        prompt_embeds: torch.Tensor,
+        negative_prompt_embeds: torch.Tensor,
+        *,
+        height: int,
+        width: int,
+        num_frames: int,
+        num_inference_steps: int,
+        guidance_scale: float,
+        seed: int,
+        flow_shift: float,
+        k_smooth: bool = False,
+        on_step: Callable[[StepInfo], None] | None = None,
+    ) -> torch.Tensor:
+        """Denoise; returns latents ``[B, 16, T, height/8, width/8]`` float32 in the autoencoder's own space.
+
+        Args:
+            prompt_embeds, negative_prompt_embeds: ``[B, 512, text_dim]``; the negative one counts when
+                ``guidance_scale`` is above 1.
+            flow_shift: the schedule's shift: 5.0 for 720p, 3.0 for 480p.
+            k_smooth: subtract the mean key in attention (exact in theory, kinder to low precision).
+            on_step: called after each step; may raise to stop.
+        """
+        check_video_size(height, width, num_frames)
+        pipeline = self._pipeline(flow_shift, Options(smooth_keys=k_smooth))
+
+        def after_step(pipe, index, timestep, tensors):
+            if on_step is not None:
+                on_step(StepInfo(index + 1, num_inference_steps, _clean_latents(pipe.scheduler, tensors["latents"])))
+            return {}
+
+        latents = pipeline(
+            prompt_embeds=prompt_embeds,
+            negative_prompt_embeds=negative_prompt_embeds,
+            height=height,
+            width=width,
+            num_frames=num_frames,
+            num_inference_steps=num_inference_steps,
+            guidance_scale=guidance_scale,
+            generator=torch.Generator("cpu").manual_seed(seed),
+            output_type="latent",
+            return_dict=False,
+            callback_on_step_end=after_step,
+        )[0]
+        mean, std = self._latent_statistics()
+        return _finite(latents.float() * std + mean, "transformer")
+
+    def decode(self, latents: torch.Tensor) -> torch.Tensor:
+        """Latents as :meth:`sample` returns them → frames ``[B·num_frames, H, W, 3]`` float32 in 0..1."""
+        frames = _finite(self.vae.decode(latents.float(), return_dict=False)[0], "video autoencoder")
+        # Diffusers' VideoProcessor: (x/2 + 0.5) clamped; in place, a 720p clip is close to a gigabyte.
+        frames = frames.mul_(0.5).add_(0.5).clamp_(0.0, 1.0)
+        return frames.permute(0, 2, 3, 4, 1).flatten(0, 1).contiguous()
+
+    def _latent_statistics(self) -> tuple[torch.Tensor, torch.Tensor]:
+        config = self.vae.config
+        return tuple(torch.tensor(values).view(1, -1, 1, 1, 1) for values in (config.latents_mean, config.latents_std))
+
+    def _pipeline(self, flow_shift: float | None, options: Options = Options()):  # noqa: B008 (frozen)
+        from diffusers import WanPipeline
+
+        pipeline = WanPipeline(
+            tokenizer=self._tokenizer,
+            text_encoder=self.text_encoder,
+            vae=self.vae,
+            scheduler=self._scheduler(flow_shift),
+            transformer=self.transformer.with_options(options),
+        )
+        pipeline.set_progress_bar_config(disable=True)
+        return pipeline
+
+    @functools.cached_property
+    def _tokenizer(self):
+        from transformers import AutoTokenizer
+
+        try:
+            return AutoTokenizer.from_pretrained(self.folder / "tokenizer", local_files_only=True)
+        except (OSError, ValueError) as error:
+            raise CheckpointError(
+                f"The tokenizer in {self.folder / 'tokenizer'} cannot be loaded: {error} Download the checkpoint again."
+            ) from error
+
+    def _scheduler(self, flow_shift: float | None):
+        """The checkpoint's own scheduler, fresh for each run, with the schedule's shift replaced if given."""
+        import diffusers
+
+        folder = self.folder / "scheduler"
+        name = read_config(folder, "scheduler_config.json").get("_class_name", "")
+        scheduler = getattr(diffusers, name, None)
+        if not (isinstance(scheduler, type) and issubclass(scheduler, diffusers.SchedulerMixin)):
+            raise CheckpointError(f"{folder} names the scheduler {name!r}, which Diffusers does not have.")
+        plain = scheduler.from_pretrained(folder)
+        if flow_shift is None:
+            return plain
+        key = "flow_shift" if "flow_shift" in plain.config else "shift"
+        return scheduler.from_config(plain.config, **{key: flow_shift})
+
+
+def _check_model_index(folder: Path) -> None:
+    path = folder / "model_index.json"
+    try:
+        index = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise CheckpointError(
+            f"{folder} has no model_index.json, so it is no checkpoint in Diffusers layout. Download the whole "
+            "repository (for example Wan-AI/Wan2.1-T2V-14B-Diffusers) into it."
+        ) from None
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{path} cannot be read: {error}. Download the checkpoint again.") from error
+    found = index.get("_class_name") if isinstance(index, dict) else None
+    if found != "WanPipeline":
+        raise CheckpointError(
+            f"{folder} is a checkpoint for {found}; this node needs one for WanPipeline (Wan 2.1 T2V)."
+        )
+    if (index.get("transformer_2") or [None])[0] or index.get("expand_timesteps"):
+        raise CheckpointError(f"{folder} is a Wan 2.2 checkpoint; these nodes run Wan 2.1 text-to-video.")
+
+
+def _clean_latents(scheduler: Any, latents: torch.Tensor) -> torch.Tensor:
+    """UniPC keeps its last prediction of the clean latents; other schedulers only the noisy ones."""
+    outputs = getattr(scheduler, "model_outputs", None)
+    predicts_clean = getattr(scheduler.config, "predict_x0", False)
+    return outputs[-1] if predicts_clean and outputs and outputs[-1] is not None else latents
+
+
+def _finite(tensor: torch.Tensor, stage: str) -> torch.Tensor:
+    if not torch.isfinite(tensor).all():
+        raise NumericsError(
+            f"The {stage} produced NaN or infinity. Check the checkpoint's files and the inputs (guidance_scale, "
+            "embeddings); if they are right, please report it with the workflow."
+        )
+    return tensor

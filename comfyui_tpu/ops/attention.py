@@ -1,0 +1,101 @@
+"""Exact scaled dot-product attention in plain JAX.
+
+The logits of a video (75,600 tokens) do not fit in any memory, so long queries are processed in blocks: each block sees
+all keys, hence every row's softmax is the ordinary one and no running statistics are needed.
+"""
+
+from __future__ import annotations
+
+import math
+
+import jax
+import jax.numpy as jnp
+
+# Bytes of float32 logits that one block may occupy on a device. Larger blocks feed the matrix unit better; this
+# keeps a block far below the smallest HBM (16 GiB on v5e) beside the model's weights.
+LOGITS_BUDGET_BYTES = 512 * 2**20
+
+
+def attention(
+    query: jax.Array,
+    key: jax.Array,
+    value: jax.Array,
+    *,
+    mask: jax.Array | None = None,
+    scale: float | None = None,
+    smooth_keys: bool = False,
+    shards: int = 1,
+    logits_budget: int = LOGITS_BUDGET_BYTES,
+) -> jax.Array:
+    """softmax(scale · Q·Kᵀ + mask)·V with float32 logits, softmax and accumulation.
+
+    Args:
+        query: ``[B, H, Sq, D]``.
+        key: ``[B, H, Sk, D]``.
+        value: ``[B, H, Sk, Dv]``.
+        mask: broadcastable to ``[B, H, Sq, Sk]``; boolean (True = attend) or additive.
+        scale: factor on the logits; ``1/sqrt(D)`` when None.
+        smooth_keys: subtract the mean key first. Every logit of a row moves by the same amount, which a softmax
+            ignores, so the result is the same in exact arithmetic and kinder to low precision.
+        shards: on how many devices the ``B·H`` attention problems are spread (for the memory budget).
+        logits_budget: bytes of float32 logits per device above which queries are processed in blocks.
+
+    Returns:
+        ``[B, H, Sq, Dv]`` in the query's dtype.
+    """
+    _check_shapes(query, key, value)
+    if smooth_keys:
+        key = (key - jnp.mean(key, axis=2, keepdims=True, dtype=jnp.float32)).astype(key.dtype)
+    scale = 1 / math.sqrt(query.shape[-1]) if scale is None else scale
+    block = _query_block(query.shape, key.shape[2], shards, logits_budget)
+    if block >= query.shape[2]:
+        return _attend(query, key, value, mask, scale)
+    return _attend_in_blocks(query, key, value, mask, scale, block)
+
+
+def _check_shapes(query: jax.Array, key: jax.Array, value: jax.Array) -> None:
+    agree = query.ndim == key.ndim == value.ndim == 4 and key.shape[:3] == value.shape[:3]
+    if not (agree and query.shape[:2] == key.shape[:2] and query.shape[3] == key.shape[3]):
+        raise ValueError(
+            "attention expects query [B, H, Sq, D], key [B, H, Sk, D] and value [B, H, Sk, Dv]; "
+            f"got {query.shape}, {key.shape} and {value.shape}"
+        )
+
+
+def _query_block(query_shape: tuple[int, ...], keys: int, shards: int, budget: int) -> int:
+    """How many query rows fit the logits budget: a multiple of 128 (a lane row) where possible, at least 1."""
+    batch, heads, rows, _ = query_shape
+    problems = max(1, math.ceil(batch * heads / shards))
+    fitting = max(1, budget // (4 * problems * keys))
+    if fitting >= rows:
+        return rows
+    return fitting // 128 * 128 or fitting
+
+
+def _attend(query, key, value, mask, scale):
+    logits = jnp.einsum("bhqd,bhkd->bhqk", query, key, preferred_element_type=jnp.float32) * scale
+    if mask is not None:
+        # A finite lowest value, not -inf: a fully masked row then gives an average instead of NaN, as in torch's
+        # additive masks.
+        lowest = jnp.finfo(jnp.float32).min
+        logits = jnp.where(mask, logits, lowest) if mask.dtype == jnp.bool_ else logits + mask
+    weights = jax.nn.softmax(logits, axis=-1)
+    out = jnp.einsum("bhqk,bhkd->bhqd", weights.astype(value.dtype), value, preferred_element_type=jnp.float32)
+    return out.astype(query.dtype)
+
+
+def _attend_in_blocks(query, key, value, mask, scale, block):
+    batch, heads, rows, width = query.shape
+    blocks = math.ceil(rows / block)
+    # Only queries are padded; their rows are cut off again, so no padding is ever attended to.
+    padded = jnp.pad(query, ((0, 0), (0, 0), (0, blocks * block - rows), (0, 0)))
+    stacked = jnp.moveaxis(padded.reshape(batch, heads, blocks, block, width), 2, 0)
+    if mask is None or mask.ndim < 2 or mask.shape[-2] == 1:
+        out = jax.lax.map(lambda q: _attend(q, key, value, mask, scale), stacked)
+    else:
+        mask_padding = [(0, 0)] * (mask.ndim - 2) + [(0, blocks * block - rows), (0, 0)]
+        row_blocks = jnp.pad(mask, mask_padding).reshape(*mask.shape[:-2], blocks, block, mask.shape[-1])
+        row_blocks = jnp.moveaxis(row_blocks, -3, 0)
+        out = jax.lax.map(lambda qm: _attend(qm[0], key, value, qm[1], scale), (stacked, row_blocks))
+    out = jnp.moveaxis(out, 0, 2).reshape(batch, heads, blocks * block, value.shape[-1])
+    return out[:, :, :rows]

@@ -1,0 +1,201 @@
+"""Where torch and JAX meet: the only module that enters torchax.
+
+A stock torch module is traced into JAX by calling it with torchax tensors under a private torchax environment, which is
+entered only around that call. Nothing process-wide is switched on, so other nodes keep the torch they know.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import contextvars
+import functools
+import threading
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import ml_dtypes
+import numpy as np
+import torch
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from comfyui_tpu.ops import attention as attention_ops
+from comfyui_tpu.ops import norm as norm_ops
+from comfyui_tpu.runtime.plan import Plan
+
+# Tracing swaps a module's parameters in place for the time of the call: one trace at a time.
+_trace_lock = threading.RLock()
+
+
+@dataclass(frozen=True)
+class TraceContext:
+    """What the operators below need to know while a module is traced: its plan, its mesh, and the caller's options."""
+
+    plan: Plan
+    mesh: Mesh
+    smooth_keys: bool = False
+
+    def constrain(self, x: jax.Array, *spec: Any) -> jax.Array:
+        """``x`` with a sharding constraint; lengths that do not divide are padded and masked by the partitioner."""
+        if self.plan.chips == 1:
+            return x
+        return jax.lax.with_sharding_constraint(x, NamedSharding(self.mesh, PartitionSpec(*spec)))
+
+    def tokens(self, x: jax.Array) -> jax.Array:
+        """``[B, S, C]`` activations with their tokens spread over the chips, if the plan says so."""
+        if not self.plan.shard_tokens or x.ndim != 3:
+            return x
+        return self.constrain(x, None, self.plan.axis_names, None)
+
+    def gathered(self, weight: jax.Array) -> jax.Array:
+        """One layer's weight as its layer uses it: on every chip whole, if the plan gathers weights."""
+        return self.constrain(weight) if self.plan.gather_weights else weight
+
+
+_context: contextvars.ContextVar[TraceContext] = contextvars.ContextVar("comfyui_tpu_trace")
+
+
+def current_trace() -> TraceContext:
+    """The context of the trace this code runs in; LookupError outside of :func:`trace`."""
+    return _context.get()
+
+
+def trace(
+    call: Callable[..., Any], module: torch.nn.Module, context: TraceContext, params: dict, *args, **kwargs
+) -> Any:
+    """Run ``call(module, *args, **kwargs)`` in JAX, with ``params`` in place of the module's parameters and buffers.
+
+    Args:
+        call: a function of the module, for example ``lambda m, x: m.decoder(x)``.
+        module: a torch module; its own parameters are never read.
+        context: plan and options for the operators replaced while tracing.
+        params: JAX arrays by parameter or buffer name.
+        args, kwargs: pytrees of JAX arrays and static Python values.
+
+    Returns:
+        What ``call`` returns, torch tensors replaced by JAX arrays.
+    """
+    env = environment()
+    wrapped = _Call(module, call)
+    named = {f"module.{name}": env.j2t_iso(array) for name, array in params.items()}
+    torch_args, torch_kwargs = env.j2t_iso((args, kwargs))
+    # ComfyUI calls nodes under inference mode, where composite operators (dropout) are not decomposed and torchax
+    # would find no lowering for them.
+    with _trace_lock, torch.inference_mode(False), torch.no_grad(), _tracing(context), env:
+        out = torch.func.functional_call(wrapped, named, torch_args, torch_kwargs)
+    return env.t2j_iso(out)
+
+
+@contextlib.contextmanager
+def _tracing(context: TraceContext) -> Iterator[None]:
+    token = _context.set(context)
+    try:
+        yield
+    finally:
+        _context.reset(token)
+
+
+class _Call(torch.nn.Module):
+    """Makes any function of a module the ``forward`` that ``torch.func.functional_call`` wants."""
+
+    def __init__(self, module: torch.nn.Module, call: Callable[..., Any]):
+        super().__init__()
+        self.module = module
+        self.call = call
+
+    def forward(self, *args, **kwargs):
+        return self.call(self.module, *args, **kwargs)
+
+
+@functools.cache
+def environment():
+    """Our own torchax environment (never torchax's global one, which other packs may use)."""
+    fastpath = torch.backends.mha.get_fastpath_enabled()
+    try:
+        from torchax import tensor
+    finally:
+        # Importing torchax turns off torch's fused encoder fast path for the whole process; put it back.
+        torch.backends.mha.set_fastpath_enabled(fastpath)
+    env = tensor.Environment()
+    functional = torch.nn.functional
+    for function, replacement in (
+        (functional.scaled_dot_product_attention, _scaled_dot_product_attention),
+        (functional.layer_norm, _layer_norm),
+        (functional.rms_norm, _rms_norm),
+    ):
+        env.override_op_definition(function, replacement)
+    return env
+
+
+def _scaled_dot_product_attention(
+    query, key, value, attn_mask=None, dropout_p=0.0, is_causal=False, scale=None, enable_gqa=False
+):
+    """torch's operator of that name, sharded as the plan says; ``query`` is ``[..., S, D]``, dropout is off."""
+    if is_causal or enable_gqa:
+        raise NotImplementedError("causal and grouped-query attention are not used by the models this library runs")
+    env, context = environment(), current_trace()
+    q, k, v, mask = env.t2j_iso((query, key, value, attn_mask))
+    lead = q.shape[:-3]
+    q, k, v = (x.reshape(-1, *x.shape[-3:]) for x in (q, k, v))
+    out = _sharded_attention(context, q, k, v, mask, scale)
+    return env.j2t_iso(out.reshape(*lead, *out.shape[1:]))
+
+
+def _sharded_attention(context: TraceContext, q, k, v, mask, scale):
+    """``[B, H, S, D]`` attention: by heads between tokens of one sequence, by query tokens against a short context."""
+    plan, chips = context.plan, context.plan.chips
+    options = {"scale": scale, "smooth_keys": context.smooth_keys, "shards": chips}
+    by_heads = plan.attention == "heads" and chips > 1 and mask is None
+    if not by_heads:
+        return attention_ops.attention(q, k, v, mask=mask, **{**options, "shards": 1})
+    axes, heads = plan.axis_names, q.shape[1]
+    if q.shape[2] != k.shape[2]:
+        # Cross-attention: the context is short, so it stays whole on every chip and nothing has to move.
+        q = context.constrain(q, None, None, axes, None)
+        k, v = (context.constrain(x) for x in (k, v))
+        return context.constrain(attention_ops.attention(q, k, v, **options), None, None, axes, None)
+    # Heads that do not divide over the chips are filled up with zero heads, cut off again below.
+    fill = -heads % chips
+    q, k, v = (jnp.pad(x, ((0, 0), (0, fill), (0, 0), (0, 0))) for x in (q, k, v))
+    q, k, v = (context.constrain(x, None, axes, None, None) for x in (q, k, v))
+    out = context.constrain(attention_ops.attention(q, k, v, **options), None, axes, None, None)
+    return context.constrain(out[:, :heads], None, None, axes, None)
+
+
+def _layer_norm(input, normalized_shape, weight=None, bias=None, eps=1e-5):
+    env = environment()
+    x, w, b = env.t2j_iso((input, weight, bias))
+    return env.j2t_iso(norm_ops.layer_norm(x, len(normalized_shape), w, b, eps))
+
+
+def _rms_norm(input, normalized_shape, weight=None, eps=None):
+    env = environment()
+    x, w = env.t2j_iso((input, weight))
+    return env.j2t_iso(norm_ops.rms_norm(x, len(normalized_shape), w, eps))
+
+
+def to_numpy(tensor: torch.Tensor) -> np.ndarray:
+    """A CPU tensor's values as numpy; shares memory where it can. 64-bit integers become 32-bit, as JAX computes."""
+    tensor = tensor.detach().contiguous()
+    if tensor.dtype == torch.bfloat16:
+        return tensor.view(torch.uint16).numpy().view(ml_dtypes.bfloat16)
+    array = tensor.numpy()
+    if array.dtype == np.int64:
+        return array.astype(np.int32)
+    return array.astype(np.float32) if array.dtype == np.float64 else array
+
+
+def to_torch(array: jax.Array) -> torch.Tensor:
+    """A device array's values as a CPU tensor of its own (writable, no shared memory)."""
+    values = np.array(array)
+    if values.dtype == ml_dtypes.bfloat16:
+        return torch.from_numpy(values.view(np.uint16)).view(torch.bfloat16)
+    return torch.from_numpy(values)
+
+
+TORCH_DTYPES = {
+    jnp.dtype(jnp.float32): torch.float32,
+    jnp.dtype(jnp.bfloat16): torch.bfloat16,
+}

@@ -1,0 +1,159 @@
+"""Sharding plans: how a model is spread over chips, written as data.
+
+A :class:`Plan` names the mesh axes, maps parameter names to placements, and says which activations carry a sharding
+constraint. It holds no devices and no arrays, so it can be compared, hashed, printed and planned with on any machine.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import jax
+import numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from comfyui_tpu.runtime.errors import PlanError
+
+# Placements a rule may name besides an explicit PartitionSpec.
+REPLICATED = "replicated"
+LARGEST_AXIS = "largest axis"
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How one component runs on a mesh.
+
+    Attributes:
+        name: short name for people, such as ``"fsdp"``.
+        axes: mesh axes as ``((name, size), ...)``; the product of the sizes is the number of chips.
+        weights: ``((pattern, placement), ...)``: the first pattern found in a parameter's name (``re.search``) decides.
+            A placement is a PartitionSpec, :data:`REPLICATED` or :data:`LARGEST_AXIS` (over all mesh axes). Leading
+            layer axes of stacked weights are never sharded and never counted.
+        gather_weights: sharded weights of repeated blocks are gathered just before their layer uses them (FSDP).
+        shard_tokens: the token axis of ``[B, S, C]`` activations between blocks is spread over all chips.
+        attention: ``"heads"``: each chip attends for some heads over all tokens (all-to-all before and after);
+            ``"replicated"``: no constraint on attention.
+        min_sharded_elements: smaller parameters are replicated under :data:`LARGEST_AXIS`: gathering them would cost a
+            collective's latency to save under 128 KiB a chip.
+        shard_space: height and width of ``[B, C, T, H, W]`` activations are spread over the mesh axes.
+    """
+
+    name: str
+    axes: tuple[tuple[str, int], ...]
+    weights: tuple[tuple[str, PartitionSpec | str], ...] = ()
+    gather_weights: bool = False
+    shard_tokens: bool = False
+    attention: Literal["heads", "replicated"] = "replicated"
+    min_sharded_elements: int = 2**16
+    shard_space: bool = False
+
+    @property
+    def chips(self) -> int:
+        return math.prod(size for _, size in self.axes)
+
+    @property
+    def axis_names(self) -> tuple[str, ...]:
+        return tuple(name for name, _ in self.axes)
+
+    def weight_spec(self, name: str, shape: Sequence[int], stacked: bool = False) -> PartitionSpec:
+        """The placement of parameter ``name`` of ``shape`` (with its leading layer axis if ``stacked``)."""
+        placement = next((p for pattern, p in self.weights if re.search(pattern, name)), REPLICATED)
+        if placement == REPLICATED or self.chips == 1:
+            return PartitionSpec()
+        own = tuple(shape[1:] if stacked else shape)
+        spec = self._largest_axis_spec(own) if placement == LARGEST_AXIS else placement
+        self._check_divides(name, own, spec)
+        return PartitionSpec(None, *spec) if stacked and len(spec) else spec
+
+    def _largest_axis_spec(self, shape: tuple[int, ...]) -> PartitionSpec:
+        if math.prod(shape) < self.min_sharded_elements:
+            return PartitionSpec()
+        divisible = [(size, -axis) for axis, size in enumerate(shape) if size % self.chips == 0]
+        if not divisible:
+            return PartitionSpec()
+        axis = -max(divisible)[1]
+        return PartitionSpec(*([None] * axis), self.axis_names)
+
+    def _check_divides(self, name: str, shape: tuple[int, ...], spec: PartitionSpec) -> None:
+        sizes = dict(self.axes)
+        for length, axes in zip(shape, spec, strict=False):
+            names = (axes,) if isinstance(axes, str) else axes or ()
+            ways = math.prod(sizes[axis] for axis in names)
+            if length % ways:
+                raise PlanError(
+                    f"plan '{self.name}' splits {name} of shape {shape} {ways} ways, but {length} does not divide by "
+                    f"{ways}. Use a plan with {LARGEST_AXIS!r} for it, or another number of chips."
+                )
+
+    def activation_spec(self, shape: Sequence[int]) -> PartitionSpec:
+        """The placement of a program's input or output of ``shape``: spatial for ``[B, C, T, H, W]``, else replicated.
+
+        Mesh axes go to the height as long as they divide it, the rest to the width; axes that divide neither
+        replicate. So 60 × 106 latents on 2 × 2 × 2 chips are split 4 × 2.
+        """
+        if not self.shard_space or len(shape) != 5:
+            return PartitionSpec()
+        height, width = shape[3], shape[4]
+        rows: list[str] = []
+        columns: list[str] = []
+        for axis, size in self.axes:
+            if height % size == 0:
+                rows.append(axis)
+                height //= size
+            elif width % size == 0:
+                columns.append(axis)
+                width //= size
+        return PartitionSpec(None, None, None, tuple(rows) or None, tuple(columns) or None)
+
+
+def spread(chips: int) -> Plan:
+    """The default plan of transformers and text encoders: weights and tokens over all chips, attention by heads."""
+    return Plan(
+        name="fsdp",
+        axes=(("chips", chips),),
+        weights=((".", LARGEST_AXIS),),
+        gather_weights=True,
+        shard_tokens=True,
+        attention="heads",
+    )
+
+
+def spatial(chips: int) -> Plan:
+    """The default plan of video autoencoders: replicated weights, height and width over the chips.
+
+    The mesh is the prime factors of ``chips``, so that each factor can go to whichever of height and width it divides.
+    """
+    return Plan(
+        name="spatial",
+        axes=tuple((f"space{i}", size) for i, size in enumerate(_prime_factors(chips))) or (("space0", 1),),
+        shard_space=True,
+    )
+
+
+def _prime_factors(number: int) -> list[int]:
+    factors, candidate = [], 2
+    while number > 1:
+        while number % candidate == 0:
+            factors.append(candidate)
+            number //= candidate
+        candidate += 1
+    return factors
+
+
+@functools.lru_cache(maxsize=64)
+def mesh_of(plan: Plan, devices: tuple[jax.Device, ...]) -> Mesh:
+    """The plan's mesh over ``devices``; PlanError when their number is not what the plan was made for."""
+    if len(devices) != plan.chips:
+        raise PlanError(f"plan '{plan.name}' is made for {plan.chips} chips; got {len(devices)} devices.")
+    sizes = [size for _, size in plan.axes]
+    return Mesh(np.array(devices, dtype=object).reshape(sizes), plan.axis_names)
+
+
+def sharding(plan: Plan, devices: tuple[jax.Device, ...], spec: PartitionSpec) -> NamedSharding:
+    """``spec`` on the plan's mesh over ``devices``."""
+    return NamedSharding(mesh_of(plan, devices), spec)

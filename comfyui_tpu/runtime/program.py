@@ -1,0 +1,76 @@
+"""Compiled programs: one per (component, method, shapes, options), kept for the life of the process.
+
+A program holds no weights, so it survives their eviction and serves every checkpoint of the same configuration.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable, Hashable
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+
+from comfyui_tpu.runtime import compile_cache
+from comfyui_tpu.runtime.reporting import current_reporter
+
+_programs: dict[Hashable, Program] = {}
+_lock = threading.RLock()
+
+
+@dataclass(frozen=True)
+class Program:
+    """An executable ``run(params, kept, given)`` and how long it took to build (seconds)."""
+
+    run: Callable[[dict[str, jax.Array], Any, Any], Any]
+    trace_seconds: float
+    compile_seconds: float
+
+
+def abstract(tree: Any) -> Any:
+    """A pytree of arrays as ``ShapeDtypeStruct``s with the same shardings: all that compiling needs to know."""
+    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), tree)
+
+
+def lower(
+    function: Callable[[dict, Any, Any], Any],
+    params: Any,
+    kept: Any,
+    given: Any,
+    output_sharding: Callable[[tuple[int, ...]], jax.sharding.Sharding],
+) -> jax.stages.Lowered:
+    """Trace ``function(params, kept, given)`` from shapes alone; works for devices that are only described.
+
+    Args:
+        function: a pure JAX function.
+        params, kept, given: pytrees of ShapeDtypeStructs with shardings; the memory of ``given`` is donated.
+        output_sharding: placement for each output, by its shape.
+    """
+    outputs = jax.eval_shape(function, params, kept, given)
+    out_shardings = jax.tree.map(lambda x: output_sharding(x.shape), outputs)
+    return jax.jit(function, out_shardings=out_shardings, donate_argnums=2).lower(params, kept, given)
+
+
+def program(key: Hashable, label: str, make_lowered: Callable[[], jax.stages.Lowered]) -> Program:
+    """The program under ``key``, compiled if this process has not seen it; reports to the current reporter.
+
+    The reporter may cancel before tracing and between tracing and compiling; XLA's compiler itself cannot be stopped.
+    """
+    with _lock:
+        if key in _programs:
+            return _programs[key]
+        reporter = current_reporter()
+        reporter.check_cancelled()
+        reporter.message(f"compiling {label}")
+        compile_cache.enable()
+        start = time.perf_counter()
+        lowered = make_lowered()
+        traced = time.perf_counter()
+        reporter.check_cancelled()
+        compiled = lowered.compile()
+        done = time.perf_counter()
+        _programs[key] = Program(compiled, traced - start, done - traced)
+        reporter.message(f"compiled {label} in {done - start:.1f} s")
+        return _programs[key]

@@ -1,0 +1,166 @@
+"""Torch modules without weights: structure on the ``meta`` device, computed tables (rotary, …) real.
+
+A checkpoint's module is built only to be traced, so its parameters need shapes but no memory. Non-persistent buffers
+are the exception: no checkpoint holds them, their values come from the constructor.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+
+import torch
+from torch.overrides import TorchFunctionMode
+
+from comfyui_tpu.runtime import bridge
+from comfyui_tpu.runtime.errors import PlanError
+
+
+@dataclass(frozen=True)
+class Weight:
+    """One parameter or persistent buffer of a skeleton, and the checkpoint tensors it comes from.
+
+    Attributes:
+        shape: shape on the device; stacked weights have a leading layer axis.
+        dtype: the module's own dtype for it.
+        sources: per layer, the checkpoint names it may be stored under (more than one for tied weights).
+        stacked: whether the leading axis counts layers.
+    """
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    sources: tuple[tuple[str, ...], ...]
+    stacked: bool
+
+
+@dataclass(frozen=True)
+class Skeleton:
+    """A traceable module, its weights by parameter name, and its computed buffers by name (CPU tensors)."""
+
+    module: torch.nn.Module
+    weights: dict[str, Weight]
+    computed: dict[str, torch.Tensor]
+
+
+class _EmptyOnMeta(TorchFunctionMode):
+    """Sends ``torch.empty`` (what layers allocate weights with) to ``meta`` and leaves every computation alone."""
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        kwargs = dict(kwargs or {})
+        if func is torch.empty and kwargs.get("device") is None:
+            kwargs["device"] = "meta"
+        return func(*args, **kwargs)
+
+
+class ScannedBlocks(torch.nn.Module):
+    """Equal blocks as one ``jax.lax.scan`` over weights stacked along a leading layer axis.
+
+    It takes the place of the list's members, so a stock ``for block in self.blocks`` runs it once. The first argument
+    is the activation handed from block to block; all others are the same for every block.
+    """
+
+    def __init__(self, block: torch.nn.Module):
+        super().__init__()
+        self.block = block
+
+    def forward(self, hidden_states, *args, **kwargs):
+        import jax
+
+        env, context = bridge.environment(), bridge.current_trace()
+        # Inside the outer functional_call these are the stacked arrays; the block's own names stay free of the prefix.
+        stacked = env.t2j_iso({**dict(self.block.named_parameters()), **dict(self.block.named_buffers())})
+
+        def layer(carry, weights):
+            weights = env.j2t_iso({name: context.gathered(w) for name, w in weights.items()})
+            out = torch.func.functional_call(self.block, weights, (env.j2t_iso(carry), *args), kwargs)
+            return context.tokens(env.t2j_iso(out)), None
+
+        out, _ = jax.lax.scan(layer, context.tokens(env.t2j_iso(hidden_states)), stacked)
+        return env.j2t_iso(out)
+
+
+def build(construct: Callable[[], torch.nn.Module], stacked: Iterable[str] = ()) -> Skeleton:
+    """Construct a module without allocating its weights.
+
+    Args:
+        construct: makes the module, for example ``lambda: WanTransformer3DModel.from_config(config)``.
+        stacked: dotted paths of the ``ModuleList``s whose equal members are to run as one scan.
+
+    Raises:
+        PlanError: the members of a list in ``stacked`` differ.
+    """
+    # Constructors draw initial values: the user's random state must not notice. Inference mode (under which ComfyUI
+    # runs nodes) would make inference tensors that cannot be swapped later.
+    with torch.inference_mode(False), torch.no_grad(), torch.random.fork_rng(devices=[]), _EmptyOnMeta():
+        module = construct().eval().requires_grad_(False)
+    persistent = set(module.state_dict(keep_vars=True))
+    names = _names_by_tensor(module, persistent)
+    _to_meta(module, persistent)
+    layers = {path: _stack(module, path) for path in stacked}
+    return Skeleton(module, _weights(module, persistent, layers, names), _computed(module, persistent, layers))
+
+
+def _names_by_tensor(module: torch.nn.Module, persistent: set[str]) -> dict[str, tuple[str, ...]]:
+    """Every name → all names of the same tied tensor, its own first."""
+    groups: dict[int, list[str]] = {}
+    tensors = module.state_dict(keep_vars=True)
+    for name in persistent:
+        groups.setdefault(id(tensors[name]), []).append(name)
+    return {name: (name, *sorted(set(group) - {name})) for group in groups.values() for name in group}
+
+
+def _to_meta(module: torch.nn.Module, persistent: set[str]) -> None:
+    moved: dict[int, torch.nn.Parameter | torch.Tensor] = {}
+    for prefix, owner in module.named_modules():
+        for table in (owner._parameters, owner._buffers):
+            for key, tensor in table.items():
+                name = f"{prefix}.{key}" if prefix else key
+                if tensor is None or (table is owner._buffers and name not in persistent):
+                    continue
+                if id(tensor) not in moved:
+                    meta = tensor.to("meta")
+                    keep = table is owner._parameters
+                    moved[id(tensor)] = torch.nn.Parameter(meta, requires_grad=False) if keep else meta
+                table[key] = moved[id(tensor)]
+
+
+def _stack(module: torch.nn.Module, path: str) -> int:
+    """Replace the list at ``path`` by one scanning member; returns how many blocks it had."""
+    blocks = module.get_submodule(path)
+    first, *others = ({n: (t.shape, t.dtype) for n, t in b.state_dict().items()} for b in blocks)
+    for index, other in enumerate(others, start=1):
+        if other != first:
+            raise PlanError(f"{path}.{index} differs from {path}.0 in its weights; these blocks cannot be scanned.")
+    count = len(blocks)
+    parent, _, leaf = path.rpartition(".")
+    setattr(module.get_submodule(parent), leaf, torch.nn.ModuleList([ScannedBlocks(blocks[0])]))
+    return count
+
+
+def _weights(module, persistent, layers, names) -> dict[str, Weight]:
+    weights = {}
+    for name, tensor in [*module.named_parameters(), *module.named_buffers()]:
+        path = next((p for p in layers if name.startswith(f"{p}.0.block.")), None)
+        if path is None:
+            if name in persistent:
+                weights[name] = Weight(tuple(tensor.shape), tensor.dtype, (names[name],), False)
+            continue
+        rest = name.removeprefix(f"{path}.0.block.")
+        if f"{path}.0.{rest}" in persistent:
+            sources = tuple((f"{path}.{i}.{rest}",) for i in range(layers[path]))
+            weights[name] = Weight((layers[path], *tensor.shape), tensor.dtype, sources, True)
+    return weights
+
+
+def _computed(module, persistent, layers) -> dict[str, torch.Tensor]:
+    computed = {}
+    for name, tensor in module.named_buffers():
+        path = next((p for p in layers if name.startswith(f"{p}.0.block.")), None)
+        original = name if path is None else f"{path}.0.{name.removeprefix(f'{path}.0.block.')}"
+        if original in persistent:
+            continue
+        if tensor.device.type == "meta":
+            raise PlanError(f"buffer {name} is in no checkpoint and has no values; its constructor must compute it.")
+        repeat = () if path is None else (layers[path], *([1] * tensor.ndim))
+        computed[name] = tensor.clone() if path is None else tensor.unsqueeze(0).repeat(*repeat)
+    return computed
