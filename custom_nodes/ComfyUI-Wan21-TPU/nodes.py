@@ -1,0 +1,330 @@
+"""The four nodes of Wan 2.1 text-to-video. Schemas and calls only; checks and conversions live in comfyui_tpu.comfy."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from comfy_api.latest import ComfyExtension, io
+from typing_extensions import override
+
+from comfyui_tpu.comfy.conversions import (
+    check_range,
+    from_conditioning,
+    from_video_latent,
+    to_conditioning,
+    to_latent,
+)
+from comfyui_tpu.comfy.model_lookup import check_model_id, find_checkpoint
+from comfyui_tpu.comfy.reporter import NodeReporter, node_progress
+from comfyui_tpu.comfy.unload import install_unload_hook
+
+if TYPE_CHECKING:
+    import torch
+
+    from comfyui_tpu.models.wan import WanTextToVideo
+
+CATEGORY = "TPU/Wan2.1"
+MODEL_ID = "Wan-AI/Wan2.1-T2V-14B-Diffusers"
+LATENT_FORMAT = "Wan21"  # the class in core's comfy.latent_formats
+HEIGHT, WIDTH, NUM_FRAMES = 720, 1280, 81
+
+# One table for the widgets and for values that come through links, which core does not check: (minimum, maximum).
+RANGES = {
+    "num_inference_steps": (1, 100),
+    "guidance_scale": (0.0, 20.0),
+    "seed": (0, 0xFFFF_FFFF_FFFF_FFFF),
+    "flow_shift": (1.0, 10.0),
+    "fps": (1, 60),
+}
+
+
+def limits(name: str) -> dict[str, float]:
+    minimum, maximum = RANGES[name]
+    return {"min": minimum, "max": maximum}
+
+
+def prompt_inputs() -> list[io.Input]:
+    return [
+        io.String.Input("prompt", multiline=True, tooltip="What the video shows. Up to 512 tokens, English or Chinese."),
+        io.String.Input("negative_prompt", multiline=True, tooltip="What the video must not show. May be empty."),
+    ]
+
+
+def sampling_inputs() -> list[io.Input]:
+    size = {"min": 256, "max": 1280, "step": 16}
+    return [
+        io.Int.Input("height", default=HEIGHT, **size, tooltip="Height in pixels, a multiple of 16."),
+        io.Int.Input("width", default=WIDTH, **size, tooltip="Width in pixels, a multiple of 16."),
+        io.Int.Input(
+            "num_frames",
+            default=NUM_FRAMES,
+            min=17,
+            max=121,
+            step=4,
+            tooltip="Length of the video in frames: 4n+1, such as 17, 33, 81 or 121. 81 frames are 5 seconds at 16 fps.",
+        ),
+        io.Int.Input(
+            "num_inference_steps",
+            default=50,
+            **limits("num_inference_steps"),
+            tooltip="Denoising steps. More take longer and show finer detail.",
+        ),
+        io.Float.Input(
+            "guidance_scale",
+            default=5.0,
+            **limits("guidance_scale"),
+            step=0.1,
+            tooltip="How strictly the video follows the prompt (classifier-free guidance). "
+            "At 1.0 or below the negative prompt has no effect and a step takes half the time.",
+        ),
+        io.Int.Input(
+            "seed",
+            default=2025,
+            **limits("seed"),
+            control_after_generate=True,
+            tooltip="Start of the random noise. The same seed and settings give the same video.",
+        ),
+    ]
+
+
+def model_id_input() -> io.Input:
+    return io.String.Input(
+        "model_id",
+        default=MODEL_ID,
+        optional=True,
+        tooltip="A folder in ComfyUI/models/diffusers, or a Hugging Face repo id (downloaded on first use), "
+        "optionally with @revision. Use the same one in all Wan 2.1 nodes of a workflow.",
+    )
+
+
+def flow_shift_input() -> io.Input:
+    return io.Float.Input(
+        "flow_shift",
+        default=5.0,
+        **limits("flow_shift"),
+        step=0.5,
+        optional=True,
+        tooltip="Shift of the noise schedule: 5.0 for 720p, 3.0 for 480p.",
+    )
+
+
+def fps_input() -> io.Input:
+    return io.Int.Input(
+        "fps",
+        default=16,
+        **limits("fps"),
+        optional=True,
+        tooltip="Frames per second, passed on to Create Video. Wan 2.1 was trained at 16.",
+    )
+
+
+def k_smooth_input() -> io.Input:
+    return io.Boolean.Input(
+        "k_smooth",
+        default=False,
+        optional=True,
+        tooltip="Subtract the mean key before attention. Exact in theory, kinder to low precision.",
+    )
+
+
+def video_outputs() -> list[io.Output]:
+    return [
+        io.Image.Output("frames", display_name="frames", tooltip="The video's frames. Connect them to Create Video."),
+        # Input and output ids of a node must differ; users see the display name.
+        io.Float.Output("fps_out", display_name="fps", tooltip="Frames per second. Connect it to Create Video's fps."),
+    ]
+
+
+def check_sampling(height: int | None, width: int | None, num_frames: int | None, **values: float) -> None:
+    """Sizes the model takes, and ranges. ``None``: linked, not known yet."""
+    from comfyui_tpu.models.wan import check_video_size
+
+    check_video_size(height or HEIGHT, width or WIDTH, num_frames or NUM_FRAMES)
+    for name, value in values.items():
+        check_range(name, value, *RANGES[name])
+
+
+def check_constants(model_id: str | None, height=None, width=None, num_frames=None) -> bool:
+    """What ``validate_inputs`` can know when a prompt is queued; ``execute`` repeats it for values from links.
+
+    Errors are raised, not returned: core repeats a returned message once for every input that validate_inputs names,
+    also for those that are right, and marks them all red.
+    """
+    if model_id is not None:
+        check_model_id(model_id)
+    check_sampling(height, width, num_frames)
+    return True
+
+
+def open_model(model_id: str) -> WanTextToVideo:
+    folder = find_checkpoint(model_id)
+    from comfyui_tpu.models.wan import WanTextToVideo
+
+    return WanTextToVideo.open(folder)
+
+
+def sample(model: WanTextToVideo, reporter: NodeReporter, embeds: tuple[torch.Tensor, torch.Tensor], **settings) -> dict:
+    """The denoising loop → LATENT, with its progress on the node."""
+    latents = model.sample(*embeds, **settings, on_step=reporter.step)
+    reporter.sampled(settings["num_inference_steps"], model.describe_plan())
+    return to_latent(latents)
+
+
+def decode(model: WanTextToVideo, latents: dict) -> torch.Tensor:
+    """LATENT → IMAGE."""
+    return model.decode(from_video_latent(latents, channels=model.latent_channels))
+
+
+class Wan21TextEncoder(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="Wan21TextEncoder",
+            display_name="Wan 2.1 Text Encoder (TPU)",
+            category=CATEGORY,
+            description="Encodes the prompt and the negative prompt with Wan 2.1's text encoder (UMT5-XXL) on the TPU.",
+            inputs=[*prompt_inputs(), model_id_input()],
+            outputs=[
+                io.Conditioning.Output("prompt_embeds", display_name="prompt_embeds", tooltip="The encoded prompt."),
+                io.Conditioning.Output(
+                    "negative_prompt_embeds",
+                    display_name="negative_prompt_embeds",
+                    tooltip="The encoded negative prompt.",
+                ),
+            ],
+        )
+
+    @classmethod
+    def validate_inputs(cls, model_id=None) -> bool:
+        return check_constants(model_id)
+
+    @classmethod
+    def execute(cls, prompt: str, negative_prompt: str, model_id: str = MODEL_ID) -> io.NodeOutput:
+        with node_progress():
+            embeds, negative_embeds = open_model(model_id).encode_prompt(prompt, negative_prompt)
+            return io.NodeOutput(to_conditioning(embeds), to_conditioning(negative_embeds))
+
+
+class Wan21TPUSampler(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="Wan21TPUSampler",
+            display_name="Wan 2.1 TPU Sampler",
+            category=CATEGORY,
+            description="Makes video latents from the encoded prompts with Wan 2.1's transformer on the TPU. "
+            "The first run at a size compiles the model, which may take minutes; later runs start at once.",
+            inputs=[
+                io.Conditioning.Input("prompt_embeds", tooltip="The prompt, from Wan 2.1 Text Encoder (TPU)."),
+                io.Conditioning.Input(
+                    "negative_prompt_embeds", tooltip="The negative prompt, from Wan 2.1 Text Encoder (TPU)."
+                ),
+                *sampling_inputs(),
+                model_id_input(),
+                flow_shift_input(),
+                k_smooth_input(),
+            ],
+            outputs=[
+                io.Latent.Output("latents", display_name="latents", tooltip="Video latents for a Wan 2.1 VAE decoder."),
+                # Input and output ids of a node must differ; users see the display name.
+                io.Int.Output("num_frames_out", display_name="num_frames", tooltip="Number of frames of the video."),
+            ],
+        )
+
+    @classmethod
+    def validate_inputs(cls, height=None, width=None, num_frames=None, model_id=None) -> bool:
+        return check_constants(model_id, height, width, num_frames)
+
+    @classmethod
+    def execute(
+        cls, prompt_embeds, negative_prompt_embeds, model_id=MODEL_ID, flow_shift=5.0, k_smooth=False, **settings
+    ) -> io.NodeOutput:
+        check_sampling(**settings, flow_shift=flow_shift)
+        with node_progress(LATENT_FORMAT) as reporter:
+            model = open_model(model_id)
+            embeds = (
+                model_embeds(model, "prompt_embeds", prompt_embeds),
+                model_embeds(model, "negative_prompt_embeds", negative_prompt_embeds),
+            )
+            latents = sample(model, reporter, embeds, **settings, flow_shift=flow_shift, k_smooth=k_smooth)
+            return io.NodeOutput(latents, settings["num_frames"])
+
+
+def model_embeds(model: WanTextToVideo, name: str, conditioning: list) -> torch.Tensor:
+    """CONDITIONING → the prompt embeddings this checkpoint takes."""
+    return from_conditioning(conditioning, name=name, text_dim=model.text_dim, max_tokens=512)
+
+
+class Wan21TPUVAEDecoder(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="Wan21TPUVAEDecoder",
+            display_name="Wan 2.1 TPU VAE Decoder",
+            category=CATEGORY,
+            description="Decodes Wan 2.1 video latents to frames on the TPU.",
+            inputs=[
+                io.Latent.Input("latents", tooltip="Video latents, from Wan 2.1 TPU Sampler or core's Wan 2.1 nodes."),
+                model_id_input(),
+                fps_input(),
+            ],
+            outputs=video_outputs(),
+        )
+
+    @classmethod
+    def validate_inputs(cls, model_id=None) -> bool:
+        return check_constants(model_id)
+
+    @classmethod
+    def execute(cls, latents: dict, model_id: str = MODEL_ID, fps: int = 16) -> io.NodeOutput:
+        check_range("fps", fps, *RANGES["fps"])
+        with node_progress():
+            return io.NodeOutput(decode(open_model(model_id), latents), float(fps))
+
+
+class Wan21TPUPipeline(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="Wan21TPUPipeline",
+            display_name="Wan 2.1 TPU Full Pipeline",
+            category=CATEGORY,
+            description="Text to video in one node: text encoder, sampler and VAE decoder of Wan 2.1 on the TPU. "
+            "Gives the same frames as the three separate nodes.",
+            inputs=[
+                *prompt_inputs(),
+                *sampling_inputs(),
+                model_id_input(),
+                fps_input(),
+                flow_shift_input(),
+                k_smooth_input(),
+            ],
+            outputs=video_outputs(),
+        )
+
+    @classmethod
+    def validate_inputs(cls, height=None, width=None, num_frames=None, model_id=None) -> bool:
+        return check_constants(model_id, height, width, num_frames)
+
+    @classmethod
+    def execute(
+        cls, prompt, negative_prompt, model_id=MODEL_ID, fps=16, flow_shift=5.0, k_smooth=False, **settings
+    ) -> io.NodeOutput:
+        check_sampling(**settings, flow_shift=flow_shift, fps=fps)
+        with node_progress(LATENT_FORMAT) as reporter:
+            model = open_model(model_id)
+            embeds = model.encode_prompt(prompt, negative_prompt)
+            latents = sample(model, reporter, embeds, **settings, flow_shift=flow_shift, k_smooth=k_smooth)
+            return io.NodeOutput(decode(model, latents), float(fps))
+
+
+class Wan21Extension(ComfyExtension):
+    @override
+    async def get_node_list(self) -> list[type[io.ComfyNode]]:
+        return [Wan21TextEncoder, Wan21TPUSampler, Wan21TPUVAEDecoder, Wan21TPUPipeline]
+
+
+async def comfy_entrypoint() -> Wan21Extension:
+    # Here and not in ComfyExtension.on_load, which ComfyUI 0.3.75 never calls.
+    install_unload_hook()
+    return Wan21Extension()
