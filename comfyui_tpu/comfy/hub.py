@@ -49,9 +49,7 @@ def download_checkpoint(repo_id: str, revision: str | None) -> Path:
         # File by file instead of one snapshot_download: the only way to stop between files and inside them.
         for number, file in enumerate(files, start=1):
             progress_bar = _progress_bar(reporter, f"downloading {number}/{len(files)} {file.rfilename}")
-            hf_hub_download(
-                repo_id, file.rfilename, revision=info.sha, etag_timeout=TIMEOUT_S, tqdm_class=progress_bar
-            )
+            hf_hub_download(repo_id, file.rfilename, revision=info.sha, etag_timeout=TIMEOUT_S, tqdm_class=progress_bar)
             progress_bar.raise_if_cancelled()
             reporter.progress(f"downloading {repo_id}, files", number, len(files))
         # All files are there: this only writes down which commit the revision stands for.

@@ -1,4 +1,4 @@
-"""``model_id`` → a checkpoint folder in Diffusers layout. Two ways only: ComfyUI's own folders, or the Hugging Face Hub."""
+"""``model_id`` → a checkpoint folder in Diffusers layout: from ComfyUI's own folders, or from the Hugging Face Hub."""
 
 from __future__ import annotations
 

@@ -45,7 +45,9 @@ def limits(name: str) -> dict[str, float]:
 
 def prompt_inputs() -> list[io.Input]:
     return [
-        io.String.Input("prompt", multiline=True, tooltip="What the video shows. Up to 512 tokens, English or Chinese."),
+        io.String.Input(
+            "prompt", multiline=True, tooltip="What the video shows, in English or Chinese, up to 512 tokens."
+        ),
         io.String.Input("negative_prompt", multiline=True, tooltip="What the video must not show. May be empty."),
     ]
 
@@ -61,7 +63,7 @@ def sampling_inputs() -> list[io.Input]:
             min=17,
             max=121,
             step=4,
-            tooltip="Length of the video in frames: 4n+1, such as 17, 33, 81 or 121. 81 frames are 5 seconds at 16 fps.",
+            tooltip="Length of the video in frames: 4n+1, such as 17, 33, 81 or 121. 81 are 5 seconds at 16 fps.",
         ),
         io.Int.Input(
             "num_inference_steps",
@@ -163,7 +165,7 @@ def open_model(model_id: str) -> WanTextToVideo:
     return WanTextToVideo.open(folder)
 
 
-def sample(model: WanTextToVideo, reporter: NodeReporter, embeds: tuple[torch.Tensor, torch.Tensor], **settings) -> dict:
+def sample(model: WanTextToVideo, reporter: NodeReporter, embeds: tuple[torch.Tensor, ...], **settings) -> dict:
     """The denoising loop → LATENT, with its progress on the node."""
     latents = model.sample(*embeds, **settings, on_step=reporter.step)
     reporter.sampled(settings["num_inference_steps"], model.describe_plan())
@@ -252,7 +254,9 @@ class Wan21TPUSampler(io.ComfyNode):
 
 def model_embeds(model: WanTextToVideo, name: str, conditioning: list) -> torch.Tensor:
     """CONDITIONING → the prompt embeddings this checkpoint takes."""
-    return from_conditioning(conditioning, name=name, text_dim=model.text_dim, max_tokens=512)
+    from comfyui_tpu.models.wan import TEXT_TOKENS
+
+    return from_conditioning(conditioning, name=name, text_dim=model.text_dim, max_tokens=TEXT_TOKENS)
 
 
 class Wan21TPUVAEDecoder(io.ComfyNode):
