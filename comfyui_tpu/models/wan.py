@@ -12,7 +12,7 @@ from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 
@@ -253,11 +253,11 @@ class Plans:
 class WanTextToVideo:
     """A Wan 2.1 text-to-video checkpoint. Opening reads configs only; weights load when a component first runs."""
 
-    _opened: OrderedDict[tuple, WanTextToVideo] = OrderedDict()
+    _opened: ClassVar[OrderedDict[tuple, WanTextToVideo]] = OrderedDict()
     _opened_lock = threading.Lock()
     _OPENED_MAX = 4  # modules without weights, a few MB each
 
-    def __init__(self, folder: Path, devices: tuple | None = None, plans: Plans = Plans()):  # noqa: B008 (frozen)
+    def __init__(self, folder: Path, devices: tuple | None = None, plans: Plans = Plans()):
         self.folder = Path(folder)
         _check_model_index(self.folder)
         self.text_encoder = WanTextEncoder(TEXT_ENCODER, self.folder, devices=devices, plan=plans.text_encoder)
@@ -365,7 +365,7 @@ class WanTextToVideo:
         config = self.vae.config
         return tuple(torch.tensor(values).view(1, -1, 1, 1, 1) for values in (config.latents_mean, config.latents_std))
 
-    def _pipeline(self, flow_shift: float | None, options: Options = Options()):  # noqa: B008 (frozen)
+    def _pipeline(self, flow_shift: float | None, options: Options | None = None):
         from diffusers import WanPipeline
 
         pipeline = WanPipeline(
@@ -373,7 +373,7 @@ class WanTextToVideo:
             text_encoder=self.text_encoder,
             vae=self.vae,
             scheduler=self._scheduler(flow_shift),
-            transformer=self.transformer.with_options(options),
+            transformer=self.transformer.with_options(options or Options()),
         )
         pipeline.set_progress_bar_config(disable=True)
         return pipeline

@@ -10,6 +10,7 @@ import contextlib
 import contextvars
 import functools
 import threading
+import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -79,12 +80,15 @@ def trace(
     """
     env = environment()
     wrapped = _Call(module, call)
-    named = {f"module.{name}": env.j2t_iso(array) for name, array in params.items()}
-    torch_args, torch_kwargs = env.j2t_iso((args, kwargs))
-    # ComfyUI calls nodes under inference mode, where composite operators (dropout) are not decomposed and torchax
-    # would find no lowering for them.
-    with _trace_lock, torch.inference_mode(False), torch.no_grad(), _tracing(context), env:
-        out = torch.func.functional_call(wrapped, named, torch_args, torch_kwargs)
+    # ComfyUI calls nodes under inference mode. Tensors made there are marked, and composite operators on them (dropout,
+    # conv3d) are not decomposed, so that torchax would find no lowering.
+    with _trace_lock, torch.inference_mode(False), torch.no_grad(), _tracing(context):
+        named = {f"module.{name}": env.j2t_iso(array) for name, array in params.items()}
+        torch_args, torch_kwargs = env.j2t_iso((args, kwargs))
+        with env, warnings.catch_warnings():
+            # torch's 64-bit integers (positions, indices) become JAX's 32-bit ones; all of them fit.
+            warnings.filterwarnings("ignore", message="Explicitly requested dtype int64")
+            out = torch.func.functional_call(wrapped, named, torch_args, torch_kwargs)
     return env.t2j_iso(out)
 
 

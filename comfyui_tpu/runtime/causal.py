@@ -70,7 +70,9 @@ def _fill_up(chunk: torch.Tensor, frames: int) -> torch.Tensor:
     return chunk if missing == 0 else torch.cat([chunk, chunk[:, :, -1:].expand(-1, -1, missing, -1, -1)], dim=2)
 
 
-def _steady_state(module: DeviceModule, chunking: Chunking, x: torch.Tensor, state: list[Any]) -> list[jax.Array]:
+def _steady_state(
+    module: DeviceModule, chunking: Chunking, x: torch.Tensor, state: list[Any]
+) -> list[jax.Array | None]:
     """The state after the first chunk in the shapes it has after every later one.
 
     After the first chunk some caches are absent or short because there is no past yet. Causal convolutions pad the
@@ -80,9 +82,11 @@ def _steady_state(module: DeviceModule, chunking: Chunking, x: torch.Tensor, sta
     return [_with_zero_past(module, cache, shape) for cache, shape in zip(state, steady, strict=True)]
 
 
-def _with_zero_past(module: DeviceModule, cache: jax.Array | None, like: jax.ShapeDtypeStruct) -> jax.Array:
-    if cache is not None and cache.shape == like.shape:
-        return cache
+def _with_zero_past(
+    module: DeviceModule, cache: jax.Array | None, like: jax.ShapeDtypeStruct | None
+) -> jax.Array | None:
+    if like is None or (cache is not None and cache.shape == like.shape):
+        return cache  # a slot that is never used, or one that is full already
     zeros = jnp.zeros(like.shape, like.dtype)
     filled = zeros if cache is None else zeros.at[:, :, like.shape[2] - cache.shape[2] :].set(cache)
     return jax.device_put(filled, module.activation_sharding(like.shape))

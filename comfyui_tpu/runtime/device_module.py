@@ -12,7 +12,7 @@ import functools
 import hashlib
 import json
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -117,6 +117,10 @@ class DeviceModule:
     @property
     def config(self) -> Any:
         return self.skeleton.module.config
+
+    def modules(self) -> Iterator[torch.nn.Module]:
+        """No torch submodules: Diffusers looks for offloading hooks in them."""
+        return iter(())
 
     @contextlib.contextmanager
     def cache_context(self, name: str, **kwargs: Any):
