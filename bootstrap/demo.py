@@ -1,0 +1,226 @@
+"""`setup.py demo`, the part run by the environment's Python: a real ComfyUI server executes one example workflow.
+
+python -m bootstrap.demo --comfyui FOLDER --base FOLDER EXAMPLE
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import shutil
+import signal
+import subprocess
+import sys
+import time
+import uuid
+from pathlib import Path
+
+import av
+import websocket
+
+from .comfyui import link_packs, packs
+from .console import Console, SetupError, quoted, tail
+from .layout import LOOPBACK, REPO
+from .server import Server
+from .workflow import WorkflowError, to_api_prompt
+
+RUN_SECONDS = 420.0
+VIDEO_SUFFIXES = (".mp4", ".webm", ".mkv", ".mov")
+# Inputs that say how many frames a node makes, in our packs and in core.
+FRAME_INPUTS = ("num_frames", "length", "batch_size")
+
+
+def main(arguments: list[str]) -> int:
+    parser = argparse.ArgumentParser(prog="bootstrap.demo")
+    parser.add_argument("--comfyui", type=Path, required=True)
+    parser.add_argument("--base", type=Path, required=True)
+    parser.add_argument("example", type=Path)
+    options = parser.parse_args(arguments)
+    # A server must not outlive its demo: let `with` run its exits on SIGTERM too.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+    try:
+        video = run(Console(), options.comfyui, options.base, options.example)
+    except (SetupError, WorkflowError) as error:
+        print(f"\nerror: {error}", file=sys.stderr)
+        return 1
+    print(video)
+    return 0
+
+
+def run(console: Console, comfyui: Path, base: Path, example: Path) -> Path:
+    workflow = json.loads(example.read_text(encoding="utf-8"))
+    custom_nodes = base / "custom_nodes"
+    link_packs(console, REPO, custom_nodes)
+    with Server(Path(sys.executable), comfyui, base, base / "server.log") as server:
+        with console.step(f"start ComfyUI at {server.url} (log: {server.log})"):
+            server.wait_until_ready([pack.name for pack in packs(REPO)])
+        prompt = to_api_prompt(workflow, server.get("/object_info"))
+        for name in model_ids(prompt):
+            ensure_checkpoint(console, name, base / "models" / "diffusers" / name, base / "checkpoints.log")
+        with console.step(f"execute {example.name}"):
+            outputs = execute(console, server, prompt)
+        saved = saved_videos(outputs, base / "output")
+        if not saved:
+            raise SetupError(f"{example.name} ran, but saved no video; its outputs: {json.dumps(outputs)[:1000]}")
+        node_id, video = saved[-1]
+        found = measure(video)
+        compare(found, asked_for(prompt, node_id), video)
+        console.say("= {} frames of {} x {}, {:.0f} fps: as the workflow asked".format(*found))
+    return video
+
+
+def model_ids(prompt: dict) -> list[str]:
+    """The checkpoints the prompt's nodes load. A demo makes tiny ones; a Hugging Face repo would be gigabytes."""
+    names = sorted({n["inputs"]["model_id"] for n in prompt.values() if isinstance(n["inputs"].get("model_id"), str)})
+    real = [name for name in names if "/" in name]
+    if real:
+        raise SetupError(
+            f"this example loads {', '.join(real)} from Hugging Face, so it is no demo.\n"
+            f"What to do: start ComfyUI (python3 setup.py run) and open the workflow there."
+        )
+    return names
+
+
+def ensure_checkpoint(console: Console, name: str, target: Path, log: Path) -> None:
+    """Make the tiny checkpoint `name` with the generator the tests use, unless that has not changed since."""
+    sources = sorted(p for p in REPO.glob("tests/checkpoints*/**/*.py")) or sorted(REPO.glob("tests/checkpoints.py"))
+    digest = hashlib.sha256(b"".join(source.read_bytes() for source in sources)).hexdigest()
+    mark = target.with_name(f".{name}.made-by")
+    if target.is_dir() and mark.is_file() and mark.read_text().strip() == digest:
+        console.fresh(f"checkpoint {target}")
+        return
+    unfinished = target.with_name(f".{name}.unfinished")
+    for folder in (target, unfinished):
+        shutil.rmtree(folder, ignore_errors=True)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    command = [sys.executable, "-m", "tests.checkpoints", name, str(unfinished)]
+    with console.step(f"make the checkpoint {target} (random weights)"):
+        with open(log, "w", encoding="utf-8") as out:
+            status = subprocess.call(command, cwd=REPO, stdin=subprocess.DEVNULL, stdout=out, stderr=subprocess.STDOUT)
+        if status != 0 or not unfinished.is_dir():
+            raise SetupError(f"no checkpoint was made (exit status {status}):\n  {quoted(command)}\n{tail(log)}")
+        unfinished.rename(target)
+        mark.write_text(digest + "\n")
+
+
+def execute(console: Console, server: Server, prompt: dict) -> dict:
+    """Queue the prompt, report its progress as it arrives over the WebSocket, and give back its outputs."""
+    client = uuid.uuid4().hex
+    socket_url = f"ws://{LOOPBACK}:{server.port}/ws?clientId={client}"
+    progress = Progress(console, {key: node["_meta"]["title"] for key, node in prompt.items()})
+    connection = websocket.create_connection(socket_url, timeout=2.0)
+    try:
+        # The graph of an example has one list of node errors and no partial results: anything refused is a failure.
+        prompt_id = server.post("/prompt", {"prompt": prompt, "client_id": client})["prompt_id"]
+        deadline = time.monotonic() + RUN_SECONDS
+        while time.monotonic() < deadline:
+            server.check_alive()
+            try:
+                message = connection.recv()
+            except websocket.WebSocketTimeoutException:
+                continue
+            if isinstance(message, bytes):
+                continue  # previews and progress texts
+            message = json.loads(message)
+            data = message.get("data") or {}
+            if data.get("prompt_id", prompt_id) != prompt_id:
+                continue
+            if message["type"] in ("execution_error", "execution_interrupted"):
+                raise SetupError(_node_error(data, server))
+            if message["type"] == "execution_success":
+                break
+            progress.take(message["type"], data)
+        else:
+            raise SetupError(f"the workflow did not finish within {RUN_SECONDS:.0f} s; its log:\n{tail(server.log)}")
+    finally:
+        connection.close()
+    return _history(server, prompt_id)["outputs"]
+
+
+def _history(server: Server, prompt_id: str) -> dict:
+    # The success message is sent a moment before the history entry is written.
+    for _ in range(50):
+        entry = server.get(f"/history/{prompt_id}").get(prompt_id)
+        if entry:
+            return entry
+        time.sleep(0.1)
+    raise SetupError(f"ComfyUI reported success, but its history has no entry for prompt {prompt_id}")
+
+
+def _node_error(data: dict, server: Server) -> str:
+    where = f"node {data.get('node_id')} ({data.get('node_type')})"
+    return (
+        f"{where} failed: {data.get('exception_type', 'interrupted')}: {data.get('exception_message', '').strip()}\n"
+        f"the last lines of the server's log ({server.log}):\n{tail(server.log, 40)}"
+    )
+
+
+class Progress:
+    """Prints a line when a node starts and at most one a second while it steps."""
+
+    def __init__(self, console: Console, titles: dict[str, str]) -> None:
+        self.console, self.titles = console, titles
+        self.began, self.spoke = time.monotonic(), 0.0
+
+    def take(self, kind: str, data: dict) -> None:
+        now = time.monotonic()
+        title = self.titles.get(str(data.get("display_node") or data.get("node")), "")
+        if kind == "executing" and title:
+            self._say(now, title)
+        elif kind == "progress" and title:
+            last = data["value"] >= data["max"]
+            if last or now - self.spoke >= 1.0:
+                self._say(now, f"{title}: {data['value']:g} of {data['max']:g}")
+
+    def _say(self, now: float, text: str) -> None:
+        self.spoke = now
+        self.console.note(f"{now - self.began:6.1f} s  {text}")
+
+
+def saved_videos(outputs: dict, folder: Path) -> list[tuple[str, Path]]:
+    """(node id, file) of every video the prompt's nodes saved."""
+    found = []
+    for node_id, output in outputs.items():
+        for entries in output.values():
+            for entry in entries if isinstance(entries, list) else []:
+                if isinstance(entry, dict) and str(entry.get("filename", "")).endswith(VIDEO_SUFFIXES):
+                    found.append((node_id, folder / entry.get("subfolder", "") / entry["filename"]))
+    return found
+
+
+def measure(video: Path) -> tuple[int, int, int, float]:
+    """(frames, width, height, frames a second), counted by decoding the whole file."""
+    with av.open(str(video)) as container:
+        stream = container.streams.video[0]
+        frames = sum(1 for _ in container.decode(stream))
+        return frames, stream.width, stream.height, float(stream.average_rate or 0)
+
+
+def asked_for(prompt: dict, node_id: str) -> tuple[int, int, int]:
+    """(frames, width, height) set by the node that makes the pictures: the nearest one upstream that has all three."""
+    queue, seen = [node_id], set()
+    while queue:
+        current = queue.pop(0)
+        if current in seen:
+            continue
+        seen.add(current)
+        inputs = prompt[current]["inputs"]
+        frames = next((inputs[name] for name in FRAME_INPUTS if isinstance(inputs.get(name), int)), None)
+        if frames is not None and isinstance(inputs.get("width"), int) and isinstance(inputs.get("height"), int):
+            return frames, inputs["width"], inputs["height"]
+        queue += [value[0] for value in inputs.values() if isinstance(value, list)]
+    raise SetupError(f"no node before node {node_id} says how many frames of what size it makes")
+
+
+def compare(found: tuple, asked: tuple[int, int, int], video: Path) -> None:
+    if found[:3] != asked:
+        raise SetupError(
+            "expected {} frames of {} x {} as the workflow says, got {} frames of {} x {} in {}".format(
+                *asked, *found[:3], video
+            )
+        )
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
