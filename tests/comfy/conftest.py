@@ -1,0 +1,51 @@
+"""One real server for the whole session, with our packs and a tiny Wan 2.1 checkpoint."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+
+import pytest
+
+from bootstrap.workflow import to_api_prompt
+from tests.checkpoints import write
+from tests.comfy.server import REPOSITORY, ComfyServer
+
+
+@pytest.fixture(scope="session")
+def comfyui_checkout() -> Path:
+    checkout = Path(os.environ.get("COMFYUI_TPU_COMFYUI") or REPOSITORY / "ComfyUI")
+    if not (checkout / "main.py").is_file():
+        pytest.fail(f"No ComfyUI in {checkout}. Run `python3 setup.py test`, or set COMFYUI_TPU_COMFYUI.")
+    return checkout
+
+
+@pytest.fixture(scope="session")
+def server(comfyui_checkout, tmp_path_factory) -> ComfyServer:
+    base = tmp_path_factory.mktemp("comfyui")
+    packs = base / "custom_nodes"
+    packs.mkdir()
+    for pack in (REPOSITORY / "custom_nodes").glob("ComfyUI-*"):
+        (packs / pack.name).symlink_to(pack)
+    (packs / "probe").symlink_to(Path(__file__).parent / "probe")
+    write("wan21-tiny", base / "models" / "diffusers" / "wan21-tiny")
+    with ComfyServer(comfyui_checkout, base) as server:
+        yield server
+
+
+@pytest.fixture(scope="session")
+def models_folder(server) -> Path:
+    return server.base / "models" / "diffusers"
+
+
+@pytest.fixture(scope="session")
+def object_info(server) -> dict:
+    return server.get("/object_info")
+
+
+@pytest.fixture
+def demo(object_info) -> dict:
+    """The demo workflow as an API prompt: 2 text encoder, 3 sampler, 4 VAE decoder, 5 Create Video, 6 Save Video."""
+    workflow = json.loads((REPOSITORY / "examples" / "wan21_t2v_demo.json").read_text(encoding="utf-8"))
+    return to_api_prompt(workflow, object_info)

@@ -1,0 +1,142 @@
+"""Prompts that work, in a real server: the video, what is shown meanwhile, repeatability, Cancel, unloading."""
+
+import re
+import time
+
+import av
+import pytest
+import torch
+
+pytestmark = pytest.mark.server
+
+SAMPLER, DECODER = "3", "4"
+
+
+def run_and_load(server, prompt, *names):
+    """Run ``prompt`` with a fresh node cache; the probed tensors by name."""
+    server.post("/free", {"free_memory": True})
+    run = server.run(prompt)
+    assert run.succeeded, run.why
+    return [torch.load(server.base / "output" / f"{name}.pt", weights_only=True) for name in names]
+
+
+def probe(node_id, slot, name):
+    return {"class_type": "ProbeSave", "inputs": {"value": [node_id, slot], "name": name}}
+
+
+@pytest.fixture
+def nodes(demo):
+    """The three nodes of the demo with probes instead of a video file; four steps are enough to compare."""
+    prompt = {node_id: demo[node_id] for node_id in ("2", SAMPLER, DECODER)}
+    prompt[SAMPLER]["inputs"]["num_inference_steps"] = 4
+    prompt["10"] = probe(SAMPLER, 0, "latents")
+    prompt["11"] = probe(DECODER, 0, "frames")
+    return prompt
+
+
+def full_pipeline(nodes):
+    inputs = {**nodes["2"]["inputs"], **nodes[SAMPLER]["inputs"], **nodes[DECODER]["inputs"]}
+    for linked in ("prompt_embeds", "negative_prompt_embeds", "latents"):
+        inputs.pop(linked)
+    pipeline = {"class_type": "Wan21TPUPipeline", "inputs": inputs}
+    return {"1": pipeline, "2": probe("1", 0, "pipeline_frames"), "3": probe("1", 1, "pipeline_fps")}
+
+
+def test_the_demo_makes_the_video_and_shows_what_it_does(server, demo):
+    run = server.run(demo)
+    assert run.succeeded, run.why
+
+    (saved,) = run.outputs["6"]["images"]
+    with av.open(str(server.base / "output" / saved["subfolder"] / saved["filename"])) as video:
+        stream = video.streams.video[0]
+        frames = list(video.decode(stream))
+    assert saved["filename"].endswith(".mp4")
+    assert (len(frames), stream.width, stream.height, stream.average_rate) == (17, 256, 256, 16)
+
+    steps = [data["value"] for data in run.of("progress") if data["node"] == SAMPLER and data["max"] == 8]
+    assert steps[-8:] == list(range(1, 9))
+    texts = run.texts_of(SAMPLER)
+    assert any(re.fullmatch(r"loading transformer \d+/\d+", text) for text in texts)
+    assert any(text.startswith("compiling transformer") for text in texts)
+    assert any(re.fullmatch(r"step 8/8 · [\d.]+ s/step · ETA 0:00", text) for text in texts)
+    assert re.fullmatch(r"8 steps · [\d.]+ s/step · .+", texts[-1])
+    assert any(re.fullmatch(r"decoding frames \d+/\d+", text) for text in run.texts_of(DECODER))
+    assert len(run.previews) == 8
+    assert {image.format for image in run.previews} == {"JPEG"}
+
+
+def test_the_full_pipeline_gives_the_frames_of_the_three_nodes(server, nodes):
+    latents, frames = run_and_load(server, nodes, "latents", "frames")
+    pipeline_frames, fps = run_and_load(server, full_pipeline(nodes), "pipeline_frames", "pipeline_fps")
+    assert latents["samples"].shape == (1, 16, 5, 32, 32)
+    assert frames.shape == (17, 256, 256, 3)
+    assert frames.min() >= 0
+    assert frames.max() <= 1
+    assert frames.std() > 0.01
+    assert torch.equal(frames, pipeline_frames)
+    assert fps == 16.0
+    assert isinstance(fps, float)
+
+
+def test_seed_and_flow_shift_decide_the_latents(server, nodes):
+    del nodes["11"], nodes[DECODER]
+
+    def latents(**changes):
+        nodes[SAMPLER]["inputs"].update(changes)
+        return run_and_load(server, nodes, "latents")[0]["samples"]
+
+    first = latents(seed=1, flow_shift=3.0)
+    other_seed = latents(seed=2)
+    other_shift = latents(seed=1, flow_shift=5.0)
+    again = latents(flow_shift=3.0)
+    assert torch.equal(first, again)
+    assert not torch.allclose(first, other_seed, atol=1e-2)
+    assert not torch.allclose(first, other_shift, atol=1e-3)
+
+
+def test_cancel_stops_within_a_step_and_the_next_prompt_works(server, nodes):
+    total = 100
+    nodes[SAMPLER]["inputs"].update(num_inference_steps=total, seed=77)
+    times, cancelled = [], []
+
+    def cancel_at_step_three(run):
+        kind, data = run.events[-1] if run.events else ("", {})
+        if kind == "progress" and data.get("max") == total and len(times) < data["value"]:
+            times.append(time.monotonic())
+        if len(times) == 3 and not cancelled:
+            server.post("/interrupt", {})
+            cancelled.append(time.monotonic())
+
+    run = server.run(nodes, cancel_at_step_three)
+    seconds_to_stop = time.monotonic() - cancelled[0]
+    step_seconds = times[2] - times[1]
+    assert run.of("execution_interrupted")[0]["node_id"] == SAMPLER
+    assert not run.succeeded
+    assert run.error is None
+    assert len(times) <= 5
+    assert seconds_to_stop < 2 * step_seconds + 1.0
+
+    nodes[SAMPLER]["inputs"]["num_inference_steps"] = 2
+    run = server.run(nodes)
+    assert run.succeeded, run.why
+
+
+def test_free_releases_the_devices_and_the_next_prompt_loads_again(server, nodes):
+    run = server.run(nodes)
+    assert run.succeeded, run.why
+    before = len(server.log())
+    server.post("/free", {"unload_models": True})
+    deadline = time.monotonic() + 20
+    released = None
+    while released is None and time.monotonic() < deadline:
+        released = re.search(r"Released ([\d.]+) MiB of device memory", server.log()[before:])
+        time.sleep(0.1)
+    assert released is not None
+    assert float(released[1]) > 0
+
+    nodes[SAMPLER]["inputs"]["seed"] = 4711
+    run = server.run(nodes)
+    assert run.succeeded, run.why
+    assert any(text.startswith("loading transformer") for text in run.texts_of(SAMPLER))
+    # The second run at this size is already compiled.
+    assert not any(text.startswith("compiling") for text in run.texts_of(SAMPLER))
