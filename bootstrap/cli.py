@@ -104,7 +104,7 @@ def main(arguments: list[str]) -> int:
 
 
 def _install(console: Console, settings: Settings) -> int:
-    install(console, settings, packs_into_comfyui=True)
+    install(console, settings)
     with _only_one(settings):
         ensure_manager(console, settings)
     console.say(f"{'dry run' if settings.dry_run else 'installed'} in {time.monotonic() - console.started:.1f} s")
@@ -149,7 +149,7 @@ def _test(console: Console, settings: Settings) -> int:
 
 
 def _run(console: Console, settings: Settings) -> int:
-    install(console, settings, packs_into_comfyui=True)
+    install(console, settings)
     # --cpu: ComfyUI itself has no TPU device; the packs' nodes reach the TPU through JAX.
     command = [settings.python, settings.comfyui / "main.py", "--cpu", "--listen", settings.listen]
     command += ["--port", str(settings.port), "--preview-method", "auto", *settings.extra]
@@ -196,7 +196,7 @@ COMMANDS = {
 # --- what they share ---------------------------------------------------------------------------------------------
 
 
-def install(console: Console, settings: Settings, test: bool = False, packs_into_comfyui: bool = False) -> None:
+def install(console: Console, settings: Settings, test: bool = False) -> None:
     """The parts of an installation every command needs. What is already there is only checked."""
     with _only_one(settings):
         python = ensure_venv(console, settings)
@@ -207,8 +207,7 @@ def install(console: Console, settings: Settings, test: bool = False, packs_into
             ensure_packages(console, settings, python, test, requirements if foreign else None)
         else:
             console.would(f"install the locked packages of {settings.repo / 'requirements'} into {settings.venv}")
-        if packs_into_comfyui:
-            link_packs(console, settings.repo, settings.comfyui / "custom_nodes")
+        link_packs(console, settings.repo, settings.comfyui / "custom_nodes")
 
 
 @contextmanager

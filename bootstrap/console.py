@@ -9,6 +9,7 @@ import sys
 import time
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Callable
 
 TAIL_LINES = 25
 HEARTBEAT_SECONDS = 10.0
@@ -78,8 +79,18 @@ def clean_environment(**changes: str) -> dict[str, str]:
     return environment
 
 
-def run_logged(console: Console, command: list, log: Path, cwd: Path | None = None, hint: str = "") -> None:
-    """Run `command` with its output in `log`; a failure shows the command, its exit status and the log's last lines."""
+def run_logged(
+    console: Console,
+    command: list,
+    log: Path,
+    cwd: Path | None = None,
+    hint: str = "",
+    progress: Callable[[], str] | None = None,
+) -> None:
+    """Run `command` with its output in `log`; a failure shows the command, its exit status and the log's last lines.
+
+    `progress` says how far it has got; without it, the last line of the log is shown now and then.
+    """
     log.parent.mkdir(parents=True, exist_ok=True)
     began = spoke = time.monotonic()
     with open(log, "w", encoding="utf-8") as out:
@@ -101,7 +112,7 @@ def run_logged(console: Console, command: list, log: Path, cwd: Path | None = No
                 time.sleep(0.1)
                 if time.monotonic() - spoke >= HEARTBEAT_SECONDS:
                     spoke = time.monotonic()
-                    console.note(f"... {spoke - began:.0f} s  {_last_line(log)}")
+                    console.note(f"... {spoke - began:.0f} s  {progress() if progress else _last_line(log)}")
         except BaseException:
             # Ctrl-C included: a half-dead pip must not go on writing into the environment.
             process.terminate()

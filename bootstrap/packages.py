@@ -195,7 +195,7 @@ def ensure_packages(
     pins = wanted.pins(repo)
     differing = deviations(pins, installed_versions(venv))
     with console.step(f"install {len(differing)} of {len(pins)} locked packages"):
-        _pip_install_pins(console, pip, pins, settings.logs / "packages.log")
+        _pip_install_pins(console, settings, pip, pins)
     if comfyui_requirements:
         with console.step(f"install what your ComfyUI asks for ({comfyui_requirements})"):
             _pip_install_under(console, pip, pins, comfyui_requirements, settings.logs / "comfyui-requirements.log")
@@ -239,13 +239,19 @@ def url_answers(url: str, timeout: float = 5.0) -> bool:
         return False
 
 
-def _pip_install_pins(console: Console, pip: list, pins: list[Pin], log: Path) -> None:
+def _pip_install_pins(console: Console, settings: Settings, pip: list, pins: list[Pin]) -> None:
     # One file for one pip call: the lock is complete, so pip need not resolve anything (--no-deps),
     # and wheels only: no package gets to run its own build script here.
     with tempfile.TemporaryDirectory(prefix="comfyui-tpu-") as folder:
         file = Path(folder) / "locked.txt"
         file.write_text("".join(f"{pin}\n" for pin in pins), encoding="utf-8")
-        run_logged(console, [*pip, "install", "--no-deps", "--only-binary", ":all:", "-r", file], log)
+        command = [*pip, "install", "--no-deps", "--only-binary", ":all:", "--progress-bar", "off", "-r", file]
+
+        def progress() -> str:
+            left = len(deviations(pins, installed_versions(settings.venv)))
+            return f"{len(pins) - left} of {len(pins)} in place"
+
+        run_logged(console, command, settings.logs / "packages.log", progress=progress)
 
 
 def _pip_install_under(console: Console, pip: list, pins: list[Pin], requirements: Path, log: Path) -> None:
