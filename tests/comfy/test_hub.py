@@ -25,8 +25,6 @@ FILES = {
     "transformer/model.safetensors.index.json": json.dumps(
         {"weight_map": {"a": "model-1.safetensors", "b": "model-2.safetensors"}}
     ).encode(),
-        {"weight_map": {"a": "model-1.safetensors", "b": "model-2.safetensors"}}
-    ).encode(),
     "transformer/model-1.safetensors": b"1" * 1000,
     "transformer/model-2.safetensors": b"2" * 3_000_000,
     "tokenizer/spiece.model": b"sentencepiece",
