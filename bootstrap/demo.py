@@ -20,7 +20,7 @@ import av
 import websocket
 
 from .comfyui import link_packs, packs
-from .console import Console, SetupError, quoted, tail
+from .console import Console, SetupError, clean_environment, quoted, tail
 from .layout import LOOPBACK, REPO
 from .server import Server
 from .workflow import WorkflowError, to_api_prompt
@@ -44,6 +44,9 @@ def main(arguments: list[str]) -> int:
     except (SetupError, WorkflowError) as error:
         print(f"\nerror: {error}", file=sys.stderr)
         return 1
+    except KeyboardInterrupt:
+        print("\nstopped", file=sys.stderr)
+        return 130
     print(video)
     return 0
 
@@ -97,7 +100,11 @@ def ensure_checkpoint(console: Console, name: str, target: Path, log: Path) -> N
     command = [sys.executable, "-m", "tests.checkpoints", name, str(unfinished)]
     with console.step(f"make the checkpoint {target} (random weights)"):
         with open(log, "w", encoding="utf-8") as out:
-            status = subprocess.call(command, cwd=REPO, stdin=subprocess.DEVNULL, stdout=out, stderr=subprocess.STDOUT)
+            # JAX_PLATFORMS=cpu: were this to take the TPU, the server could not have it.
+            environment = clean_environment(JAX_PLATFORMS="cpu")
+            status = subprocess.call(
+                command, cwd=REPO, stdin=subprocess.DEVNULL, stdout=out, stderr=subprocess.STDOUT, env=environment
+            )
         if status != 0 or not unfinished.is_dir():
             raise SetupError(f"no checkpoint was made (exit status {status}):\n  {quoted(command)}\n{tail(log)}")
         unfinished.rename(target)

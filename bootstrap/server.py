@@ -107,8 +107,21 @@ class Server:
             with urllib.request.urlopen(request, timeout=60.0) as response:
                 return json.load(response)
         except urllib.error.HTTPError as error:
-            text = error.read().decode("utf-8", "replace")
-            raise SetupError(f"ComfyUI refused POST {path} with status {error.code}:\n{text[:4000]}") from error
+            text = refusal(error.read().decode("utf-8", "replace"))
+            raise SetupError(f"ComfyUI refused POST {path} with status {error.code}:\n{text}") from error
+
+
+def refusal(body: str) -> str:
+    """What a refused prompt says, a line for each complaint: ComfyUI's answer buries them in tracebacks."""
+    try:
+        answer = json.loads(body)
+        lines = [f"  {answer['error']['message']} {answer['error'].get('details', '')}".rstrip()]
+        for node_id, node in (answer.get("node_errors") or {}).items():
+            complaints = {f"{each['message']}: {each.get('details', '')}" for each in node["errors"]}
+            lines += [f"  node {node_id} ({node['class_type']}): {text}" for text in sorted(complaints)]
+    except (ValueError, KeyError, TypeError, AttributeError):
+        return body[:2000]
+    return "\n".join(lines)
 
 
 def failed_imports(log: str) -> list[str]:
