@@ -14,6 +14,7 @@ from comfyui_tpu.comfy.conversions import (
     to_conditioning,
     to_latent,
 )
+from comfyui_tpu.comfy.frontend import register_frontend
 from comfyui_tpu.comfy.model_lookup import check_model_id, find_checkpoint
 from comfyui_tpu.comfy.reporter import NodeReporter, node_progress
 from comfyui_tpu.comfy.unload import install_unload_hook
@@ -331,4 +332,5 @@ class Wan21Extension(ComfyExtension):
 async def comfy_entrypoint() -> Wan21Extension:
     # Here and not in ComfyExtension.on_load, which ComfyUI 0.3.75 never calls.
     install_unload_hook()
+    register_frontend()
     return Wan21Extension()
