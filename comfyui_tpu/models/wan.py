@@ -6,7 +6,6 @@ The stock ``WanPipeline`` drives; its three modules are device modules.
 from __future__ import annotations
 
 import functools
-import json
 import threading
 from collections import OrderedDict
 from collections.abc import Callable
@@ -406,17 +405,13 @@ class WanTextToVideo:
 
 
 def _check_model_index(folder: Path) -> None:
-    path = folder / "model_index.json"
-    try:
-        index = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
+    if not (folder / "model_index.json").is_file():
         raise CheckpointError(
             f"{folder} has no model_index.json, so it is no checkpoint in Diffusers layout. Download the whole "
             "repository (for example Wan-AI/Wan2.1-T2V-14B-Diffusers) into it."
-        ) from None
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"{path} cannot be read: {error}. Download the checkpoint again.") from error
-    found = index.get("_class_name") if isinstance(index, dict) else None
+        )
+    index = read_config(folder, "model_index.json")
+    found = index.get("_class_name")
     if found != "WanPipeline":
         raise CheckpointError(
             f"{folder} is a checkpoint for {found}; this node needs one for WanPipeline (Wan 2.1 T2V)."

@@ -119,13 +119,13 @@ class Checkpoint:
         return self.tensors[name]
 
 
-def read_config(folder: Path) -> dict[str, Any]:
-    """The ``config.json`` of a component folder.
+def read_config(folder: Path, name: str = "config.json") -> dict[str, Any]:
+    """The settings in a component folder's JSON file ``name``.
 
     Raises:
         CheckpointError: the file is missing or is not a JSON object.
     """
-    path = Path(folder) / "config.json"
+    path = Path(folder) / name
     if not path.is_file():
         raise CheckpointError(f"expected a component's settings in {path}; got no such file. {_download_hint(folder)}")
     return _load_json(path, _File(path).read_all())
