@@ -10,7 +10,7 @@ import shutil
 import sys
 import tempfile
 import urllib.request
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from .console import Console, SetupError, run_logged
@@ -210,6 +210,8 @@ def ensure_packages(
     if left:
         listed = "\n  ".join(left.values())
         raise SetupError(f"pip reported success, but the environment still differs from the lock:\n  {listed}")
+    # What came may be a CPU build after all: pip's own configuration can name an index that has them.
+    wanted = replace(wanted, cuda=has_cuda_torch(installed_versions(venv)))
     # Last of all, and in one piece: whatever was interrupted before this line is done again next time.
     temporary = venv / (STAMP + ".tmp")
     temporary.write_text(json.dumps(wanted.stamp(repo)) + "\n", encoding="utf-8")

@@ -1,0 +1,1 @@
+"""Tests of setup.py and bootstrap/: no network, no real installation."""
