@@ -34,6 +34,10 @@ def nodes(demo):
     return prompt
 
 
+def only_sampler(nodes):
+    del nodes["11"], nodes[DECODER]
+
+
 def full_pipeline(nodes):
     inputs = {**nodes["2"]["inputs"], **nodes[SAMPLER]["inputs"], **nodes[DECODER]["inputs"]}
     for linked in ("prompt_embeds", "negative_prompt_embeds", "latents"):
@@ -56,13 +60,25 @@ def test_the_demo_makes_the_video_and_shows_what_it_does(server, demo):
     steps = [data["value"] for data in run.of("progress") if data["node"] == SAMPLER and data["max"] == 8]
     assert steps[-8:] == list(range(1, 9))
     texts = run.texts_of(SAMPLER)
-    assert any(re.fullmatch(r"loading transformer \d+/\d+", text) for text in texts)
-    assert any(text.startswith("compiling transformer") for text in texts)
     assert any(re.fullmatch(r"step 8/8 · [\d.]+ s/step · ETA 0:00", text) for text in texts)
     assert re.fullmatch(r"8 steps · [\d.]+ s/step · .+", texts[-1])
     assert any(re.fullmatch(r"decoding frames \d+/\d+", text) for text in run.texts_of(DECODER))
     assert len(run.previews) == 8
     assert {image.format for image in run.previews} == {"JPEG"}
+
+
+def test_a_first_run_shows_loading_and_compiling_before_the_steps(server, nodes):
+    server.post("/free", {"unload_models": True, "free_memory": True})
+    only_sampler(nodes)
+    # The one run of this session with k_smooth: its program is not compiled yet.
+    nodes[SAMPLER]["inputs"].update(num_inference_steps=2, k_smooth=True)
+    run = server.run(nodes)
+    assert run.succeeded, run.why
+    assert any(re.fullmatch(r"loading text_encoder \d+/\d+", text) for text in run.texts_of("2"))
+    texts = run.texts_of(SAMPLER)
+    loading = [i for i, text in enumerate(texts) if re.fullmatch(r"loading transformer \d+/\d+", text)]
+    compiling = [i for i, text in enumerate(texts) if text.startswith("compiling transformer")]
+    assert loading[0] < compiling[0] < texts.index("step 1/2")
 
 
 def test_the_full_pipeline_gives_the_frames_of_the_three_nodes(server, nodes):
@@ -79,7 +95,7 @@ def test_the_full_pipeline_gives_the_frames_of_the_three_nodes(server, nodes):
 
 
 def test_seed_and_flow_shift_decide_the_latents(server, nodes):
-    del nodes["11"], nodes[DECODER]
+    only_sampler(nodes)
 
     def latents(**changes):
         nodes[SAMPLER]["inputs"].update(changes)
@@ -96,6 +112,7 @@ def test_seed_and_flow_shift_decide_the_latents(server, nodes):
 
 def test_cancel_stops_within_a_step_and_the_next_prompt_works(server, nodes):
     total = 100
+    only_sampler(nodes)
     nodes[SAMPLER]["inputs"].update(num_inference_steps=total, seed=77)
     times, cancelled = [], []
 
@@ -122,6 +139,7 @@ def test_cancel_stops_within_a_step_and_the_next_prompt_works(server, nodes):
 
 
 def test_free_releases_the_devices_and_the_next_prompt_loads_again(server, nodes):
+    only_sampler(nodes)
     run = server.run(nodes)
     assert run.succeeded, run.why
     before = len(server.log())

@@ -1,0 +1,43 @@
+"""Loading the pack must cost ComfyUI's start next to nothing, and must leave the TPU to whoever uses it first."""
+
+import json
+import os
+import subprocess
+import sys
+import textwrap
+
+import pytest
+
+from tests.comfy.server import REPOSITORY
+
+PACK = REPOSITORY / "custom_nodes" / "ComfyUI-Wan21-TPU"
+
+
+@pytest.mark.server
+def test_the_pack_imports_fast_and_without_jax(comfyui_checkout):
+    script = textwrap.dedent(f"""
+        import asyncio, importlib.util, json, sys, time
+        sys.argv = ["main.py", "--cpu"]
+        import comfy.options
+        comfy.options.enable_args_parsing()
+        import nodes  # what ComfyUI has loaded before it comes to custom nodes
+        before, start = set(sys.modules), time.perf_counter()
+        loaded = asyncio.run(nodes.load_custom_node({str(PACK)!r}))
+        seconds = time.perf_counter() - start
+        packages = sorted({{name.partition(".")[0] for name in set(sys.modules) - before}})
+        print(json.dumps([loaded, seconds, packages]))
+    """)
+    environment = {**os.environ, "PYTHONPATH": str(REPOSITORY)}
+    done = subprocess.run(
+        [sys.executable, "-c", script],
+        cwd=comfyui_checkout,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert done.returncode == 0, done.stderr
+    loaded, seconds, packages = json.loads(done.stdout.splitlines()[-1])
+    assert loaded
+    assert seconds < 1.0
+    assert not {"jax", "jaxlib", "torchax", "diffusers"} & set(packages)
