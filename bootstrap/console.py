@@ -86,10 +86,12 @@ def run_logged(
     cwd: Path | None = None,
     hint: str = "",
     progress: Callable[[], str] | None = None,
+    environment: dict[str, str] | None = None,
 ) -> None:
     """Run `command` with its output in `log`; a failure shows the command, its exit status and the log's last lines.
 
-    `progress` says how far it has got; without it, the last line of the log is shown now and then.
+    `progress` says how far it has got; while that is "", the last line of the log is shown now and then.
+    `environment` adds variables.
     """
     log.parent.mkdir(parents=True, exist_ok=True)
     began = spoke = time.monotonic()
@@ -103,7 +105,7 @@ def run_logged(
                 stdout=out,
                 stderr=subprocess.STDOUT,
                 cwd=str(cwd) if cwd else None,
-                env=clean_environment(),
+                env=clean_environment(**(environment or {})),
             )
         except OSError as error:
             raise SetupError(f"could not start: {quoted(command)}\n  {error}\n{hint}".rstrip()) from error
@@ -112,7 +114,7 @@ def run_logged(
                 time.sleep(0.1)
                 if time.monotonic() - spoke >= HEARTBEAT_SECONDS:
                     spoke = time.monotonic()
-                    console.note(f"... {spoke - began:.0f} s  {progress() if progress else _last_line(log)}")
+                    console.note(f"... {spoke - began:.0f} s  {(progress and progress()) or _last_line(log)}")
         except BaseException:
             # Ctrl-C included: a half-dead pip must not go on writing into the environment.
             process.terminate()

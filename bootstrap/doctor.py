@@ -180,12 +180,12 @@ def tpu_chips(root: Path = Path("/")) -> tuple[int, str]:
 
 def tpu_devices(root: Path = Path("/")) -> list[Path]:
     """Device files through which libtpu reaches the chips."""
-    accel = [*root.glob("dev/accel[0-9]*"), *root.glob("dev/accel/accel[0-9]*")]
-    return sorted(accel or root.glob("dev/vfio/[0-9]*"))
+    # Not /dev/accel/accel0: that is the kernel's folder for other makers' accelerators.
+    return sorted(root.glob("dev/accel[0-9]*")) or sorted(root.glob("dev/vfio/[0-9]*"))
 
 
 def has_tpu(root: Path = Path("/")) -> bool:
-    # /dev/vfio also exists on machines that pass other hardware through: the PCI bus has to agree where it can be read.
+    # /dev/vfio also exists on machines that pass other hardware through: there the PCI bus has to agree.
     devices = tpu_devices(root)
     on_bus = tpu_chips(root)[0] > 0
     return bool(devices) and (on_bus or any("accel" in device.name for device in devices))

@@ -204,8 +204,8 @@ def ensure_packages(
         run_logged(console, build, settings.logs / "editable.log")
     with console.step("import what was installed"):
         # JAX_PLATFORMS=cpu: a check must not take the TPU away from a server that is running.
-        check = ["env", "JAX_PLATFORMS=cpu", settings.python, "-c", "import torch, torchax, jax, av, comfyui_tpu"]
-        run_logged(console, check, settings.logs / "imports.log", cwd=repo)
+        check = [settings.python, "-c", "import torch, torchax, jax, av, comfyui_tpu"]
+        run_logged(console, check, settings.logs / "imports.log", environment={"JAX_PLATFORMS": "cpu"})
     left = deviations(pins, installed_versions(venv))
     if left:
         listed = "\n  ".join(left.values())
@@ -247,11 +247,12 @@ def _pip_install_pins(console: Console, settings: Settings, pip: list, pins: lis
     with tempfile.TemporaryDirectory(prefix="comfyui-tpu-") as folder:
         file = Path(folder) / "locked.txt"
         file.write_text("".join(f"{pin}\n" for pin in pins), encoding="utf-8")
+        missing = len(deviations(pins, installed_versions(settings.venv)))
         command = [*pip, "install", "--no-deps", "--only-binary", ":all:", "--progress-bar", "off", "-r", file]
 
         def progress() -> str:
             left = len(deviations(pins, installed_versions(settings.venv)))
-            return f"{len(pins) - left} of {len(pins)} in place"
+            return f"{len(pins) - left} of {len(pins)} in place" if left < missing else ""
 
         run_logged(console, command, settings.logs / "packages.log", progress=progress)
 

@@ -126,8 +126,9 @@ def _python_from_uv(console: Console, settings: Settings) -> Python:
     folder = user_cache() / "python"
     uv = _find_uv(console, settings)
     # UV_PYTHON_INSTALL_BIN=0: leave nothing in ~/.local/bin.
-    command = ["env", f"UV_PYTHON_INSTALL_DIR={folder}", "UV_PYTHON_INSTALL_BIN=0", uv, "python", "install", UV_PYTHON]
-    run_logged(console, command, settings.logs / "uv-python.log")
+    environment = {"UV_PYTHON_INSTALL_DIR": str(folder), "UV_PYTHON_INSTALL_BIN": "0"}
+    command = [uv, "python", "install", UV_PYTHON]
+    run_logged(console, command, settings.logs / "uv-python.log", environment=environment)
     for executable in sorted(folder.glob(f"cpython-{UV_PYTHON}*/bin/python{UV_PYTHON}")):
         python = probe(str(executable))
         if python and python.can_make_venv:

@@ -161,6 +161,12 @@ def test_vfio_of_other_hardware_is_no_tpu(tmp_path):
     assert not has_tpu(tmp_path)
 
 
+def test_other_makers_accelerators_are_no_tpu(tmp_path):
+    (tmp_path / "dev/accel").mkdir(parents=True)
+    (tmp_path / "dev/accel/accel0").touch()
+    assert not has_tpu(tmp_path)
+
+
 def test_accel_files_are_a_tpu(tmp_path):
     (tmp_path / "dev").mkdir()
     (tmp_path / "dev/accel0").touch()

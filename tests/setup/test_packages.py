@@ -99,7 +99,7 @@ class FakePip:
         monkeypatch.setattr(packages, "run_logged", self)
         monkeypatch.setattr(packages, "url_answers", lambda *_: False)
 
-    def __call__(self, console, command, log, cwd=None, hint="", progress=None):
+    def __call__(self, console, command, log, cwd=None, hint="", progress=None, environment=None):
         words = [str(word) for word in command]
         self.commands.append(words)
         if self.fail_at and self.fail_at in words:
