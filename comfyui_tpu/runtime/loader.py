@@ -163,7 +163,7 @@ def _check_sharding(name: str, target: Target) -> None:
         raise PlanError(f"{name}: expected a leading axis of {len(target.sources)} layers; got shape {target.shape}")
     try:
         target.sharding.shard_shape(target.shape)
-    except ValueError as error:
+    except (ValueError, IndexError) as error:  # IndexError: the spec names more axes than the array has
         raise PlanError(
             f"{name}: expected a sharding that divides shape {target.shape} evenly; got {target.sharding}. Choose "
             f"another plan or number of devices. ({error})"
