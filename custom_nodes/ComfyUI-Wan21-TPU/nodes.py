@@ -142,7 +142,8 @@ def check_sampling(height: int | None, width: int | None, num_frames: int | None
     """Sizes the model takes, and ranges. ``None``: linked, not known yet."""
     from comfyui_tpu.models.wan import check_video_size
 
-    check_video_size(height or HEIGHT, width or WIDTH, num_frames or NUM_FRAMES)
+    sizes = ((height, HEIGHT), (width, WIDTH), (num_frames, NUM_FRAMES))
+    check_video_size(*(default if value is None else value for value, default in sizes))
     for name, value in values.items():
         check_range(name, value, *RANGES[name])
 
@@ -168,9 +169,7 @@ def open_model(model_id: str) -> WanTextToVideo:
 
 def sample(model: WanTextToVideo, reporter: NodeReporter, embeds: tuple[torch.Tensor, ...], **settings) -> dict:
     """The denoising loop → LATENT, with its progress on the node."""
-    latents = model.sample(*embeds, **settings, on_step=reporter.step)
-    reporter.sampled(settings["num_inference_steps"], model.describe_plan())
-    return to_latent(latents)
+    return to_latent(model.sample(*embeds, **settings, on_step=reporter.step))
 
 
 def decode(model: WanTextToVideo, latents: dict) -> torch.Tensor:
@@ -203,8 +202,9 @@ class Wan21TextEncoder(io.ComfyNode):
 
     @classmethod
     def execute(cls, prompt: str, negative_prompt: str, model_id: str = MODEL_ID) -> io.NodeOutput:
-        with node_progress():
+        with node_progress() as reporter:
             embeds, negative_embeds = open_model(model_id).encode_prompt(prompt, negative_prompt)
+            reporter.message("prompts encoded")
             return io.NodeOutput(to_conditioning(embeds), to_conditioning(negative_embeds))
 
 
@@ -250,6 +250,7 @@ class Wan21TPUSampler(io.ComfyNode):
                 model_embeds(model, "negative_prompt_embeds", negative_prompt_embeds),
             )
             latents = sample(model, reporter, embeds, **settings, flow_shift=flow_shift, k_smooth=k_smooth)
+            reporter.sampled(settings["num_inference_steps"], model.describe_plan())
             return io.NodeOutput(latents, settings["num_frames"])
 
 
@@ -283,8 +284,10 @@ class Wan21TPUVAEDecoder(io.ComfyNode):
     @classmethod
     def execute(cls, latents: dict, model_id: str = MODEL_ID, fps: int = 16) -> io.NodeOutput:
         check_range("fps", fps, *RANGES["fps"])
-        with node_progress():
-            return io.NodeOutput(decode(open_model(model_id), latents), float(fps))
+        with node_progress() as reporter:
+            frames = decode(open_model(model_id), latents)
+            reporter.message(f"{frames.shape[0]} frames, {frames.shape[2]}×{frames.shape[1]}")
+            return io.NodeOutput(frames, float(fps))
 
 
 class Wan21TPUPipeline(io.ComfyNode):
@@ -320,7 +323,9 @@ class Wan21TPUPipeline(io.ComfyNode):
             model = open_model(model_id)
             embeds = model.encode_prompt(prompt, negative_prompt)
             latents = sample(model, reporter, embeds, **settings, flow_shift=flow_shift, k_smooth=k_smooth)
-            return io.NodeOutput(decode(model, latents), float(fps))
+            frames = decode(model, latents)
+            reporter.sampled(settings["num_inference_steps"], model.describe_plan())
+            return io.NodeOutput(frames, float(fps))
 
 
 class Wan21Extension(ComfyExtension):

@@ -33,6 +33,7 @@ def refusal(server, prompt):
         (SAMPLER, "num_frames", 20, ["num_frames must be 4n", "20"]),
         (SAMPLER, "num_frames", 125, ["num_frames", "121", "125"]),
         (SAMPLER, "width", 1281, ["width must be a multiple of 16", "1280", "1281"]),
+        (SAMPLER, "height", 0, ["height must be a multiple of 16", "256", "got 0"]),
         (SAMPLER, "height", 264, ["height must be a multiple of 16", "264"]),
         (ENCODER, "model_id", "../etc", ["'../etc' is not accepted", "models/diffusers", "repo id"]),
         (SAMPLER, "model_id", "/etc", ["'/etc' is not accepted"]),

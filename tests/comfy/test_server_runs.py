@@ -63,6 +63,7 @@ def test_the_demo_makes_the_video_and_shows_what_it_does(server, demo):
     assert any(re.fullmatch(r"step 8/8 · [\d.]+ s/step · ETA 0:00", text) for text in texts)
     assert re.fullmatch(r"8 steps · [\d.]+ s/step · .+", texts[-1])
     assert any(re.fullmatch(r"decoding frames \d+/\d+", text) for text in run.texts_of(DECODER))
+    assert run.texts_of(DECODER)[-1] == "17 frames, 256×256"
     assert len(run.previews) == 8
     assert {image.format for image in run.previews} == {"JPEG"}
 
