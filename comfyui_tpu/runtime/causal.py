@@ -55,7 +55,8 @@ def _chunks(module: DeviceModule, chunking: Chunking, x: torch.Tensor) -> Iterat
     y, state = module.run(chunking.first, {"x": x[:, :, : chunking.first_frames]})
     reporter.progress(chunking.stage, 1, total)
     yield bridge.to_torch(y)
-    for index, chunk in enumerate(rest.split(chunking.chunk_frames, dim=2)):
+    for index, start in enumerate(range(0, rest.shape[2], chunking.chunk_frames)):
+        chunk = rest[:, :, start : start + chunking.chunk_frames]
         frames = chunk.shape[2]
         filled = _fill_up(chunk, chunking.chunk_frames)
         if index == 0:
