@@ -61,6 +61,11 @@ def test_everything_was_imported(server, object_info):
     assert set(NODES) <= set(object_info)
 
 
+def test_the_frontend_is_given_the_script_that_keeps_translations(server):
+    (script,) = [path for path in server.get("/extensions") if path.startswith("/extensions/comfyui-tpu/")]
+    assert b"mergeLocaleMessage" in server.get_bytes(script)
+
+
 @pytest.mark.parametrize("node_id", NODES)
 def test_the_node_is_what_users_workflows_expect(object_info, node_id):
     display_name, required, optional, outputs = NODES[node_id]
