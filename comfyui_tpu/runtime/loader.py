@@ -2,7 +2,7 @@
 
 The host never holds more than the tensors being read at the moment: each slice is read (and converted) into memory of
 its own, handed to JAX and forgotten. Layers that run as one scan are written one by one into a stacked array that
-already lies on the devices.
+already lies on the devices; where devices compute in host memory (the CPU backend), they are read straight into it.
 """
 
 from __future__ import annotations
@@ -114,17 +114,22 @@ def load(
         for array in arrays.values():
             array.delete()
         raise
+    finally:
+        for job in jobs:
+            if job.stack is not None:
+                job.stack.drop()
     return arrays
 
 
 @dataclass(frozen=True)
 class _Job:
-    """One checkpoint tensor to read: the array ``name``, or layer number ``layer`` of it."""
+    """One checkpoint tensor to read: the array ``name``, or layer number ``layer`` of it (into ``stack`` if given)."""
 
     name: str
     target: Target
     layer: int
     info: TensorInfo
+    stack: _HostStack | None
 
 
 def _check_names(checkpoint: Checkpoint, targets: Mapping[str, Target], ignore: list[re.Pattern]) -> None:
@@ -152,9 +157,10 @@ def _jobs(checkpoint: Checkpoint, targets: Mapping[str, Target]) -> list[_Job]:
     jobs = []
     for name, target in targets.items():
         _check_sharding(name, target)
+        stack = _HostStack(target) if target.stacked and _computes_in_host_memory(target.sharding) else None
         for layer, source in enumerate(target.sources):
             _check_source(name, target, checkpoint.tensors[source])
-            jobs.append(_Job(name, target, layer, checkpoint.tensors[source]))
+            jobs.append(_Job(name, target, layer, checkpoint.tensors[source], stack))
     return sorted(jobs, key=lambda job: (job.info.file, job.info.offset, job.name))
 
 
@@ -199,10 +205,44 @@ def _number_kind(dtype: np.dtype) -> str:
     return next((kind for kind, family in kinds.items() if jnp.issubdtype(dtype, family)), str(np.dtype(dtype)))
 
 
-def _read_ahead(checkpoint: Checkpoint, jobs: list[_Job], readers: int) -> Iterator[tuple[_Job, jax.Array]]:
+class _HostStack:
+    """Stacked layers of devices that compute in host memory: each layer is read to where it stays.
+
+    The way of other devices would touch every byte three times here (an empty stack, the layer, the copy). Untouched
+    memory costs nothing, so stacks are made before anything is read.
+    """
+
+    def __init__(self, target: Target):
+        self._target = target
+        self._devices_of = _boxes(target.source_sharding, target.source_shape)
+        self._missing = len(target.sources)
+        self._slices = {box: _empty((self._missing, *_extent(box)), target.device_dtype) for box in self._devices_of}
+
+    def layer(self, index: int) -> dict[Box, np.ndarray]:
+        """Where to read the slices of a layer to."""
+        return {box: stacked[index, ...] for box, stacked in self._slices.items()}
+
+    def arrived(self) -> jax.Array | None:
+        """Count one more layer; with the last one, the stacked array."""
+        self._missing -= 1
+        if self._missing:
+            return None
+        return _on_devices(self._target.shape, self._target.sharding, self._slices, self._devices_of)
+
+    def drop(self) -> None:
+        """Give the memory back, as far as no array lives in it."""
+        self._slices = {}
+
+
+def _computes_in_host_memory(sharding: Sharding) -> bool:
+    return all(device.platform == "cpu" for device in sharding.device_set)
+
+
+def _read_ahead(checkpoint: Checkpoint, jobs: list[_Job], readers: int) -> Iterator[tuple[_Job, jax.Array | None]]:
     """Each job with its array on the devices, in order, while up to ``readers`` of the next are being read.
 
-    However this ends, no thread keeps running and no array stays behind that was not handed out.
+    Jobs that read into their stack have no array of their own. However this ends, no thread keeps running and no array
+    stays behind that was not handed out.
     """
     stop = threading.Event()
     ahead: collections.deque[tuple[_Job, Future]] = collections.deque()
@@ -218,11 +258,11 @@ def _read_ahead(checkpoint: Checkpoint, jobs: list[_Job], readers: int) -> Itera
         stop.set()
         pool.shutdown(wait=True, cancel_futures=True)
         for _, future in ahead:
-            if not future.cancelled() and future.exception() is None:
+            if not future.cancelled() and future.exception() is None and future.result() is not None:
                 future.result().delete()
 
 
-def _next(ahead: collections.deque[tuple[_Job, Future]]) -> tuple[_Job, jax.Array]:
+def _next(ahead: collections.deque[tuple[_Job, Future]]) -> tuple[_Job, jax.Array | None]:
     job, future = ahead.popleft()
     return job, future.result()
 
@@ -231,14 +271,27 @@ class _Stopped(Exception):
     """Ends a reader's work after another part has failed; nobody sees it."""
 
 
-def _read(checkpoint: Checkpoint, job: _Job, stop: threading.Event) -> jax.Array:
-    """Read one tensor onto the devices of its sharding (runs in a reader thread)."""
-    sharding, dtype, shape = job.target.source_sharding, job.target.device_dtype, job.info.shape
-    devices_of = _boxes(sharding, shape)
-    slices = _read_boxes(checkpoint, job.info, dtype, list(devices_of), stop)
-    # On the CPU backend the arrays may live in the very memory read into (JAX keeps it alive): it is never reused.
+def _read(checkpoint: Checkpoint, job: _Job, stop: threading.Event) -> jax.Array | None:
+    """Read one tensor into its job's stack, or onto the devices of its sharding (runs in a reader thread)."""
+    if job.stack is not None:
+        _read_slices(checkpoint, job.info, job.stack.layer(job.layer), stop)
+        return None
+    sharding = job.target.source_sharding
+    devices_of = _boxes(sharding, job.info.shape)
+    slices = {box: _empty(_extent(box), job.target.device_dtype) for box in devices_of}
+    _read_slices(checkpoint, job.info, slices, stop)
+    return _on_devices(job.info.shape, sharding, slices, devices_of)
+
+
+def _on_devices(
+    shape: tuple[int, ...],
+    sharding: Sharding,
+    slices: Mapping[Box, np.ndarray],
+    devices_of: Mapping[Box, list[jax.Device]],
+) -> jax.Array:
+    """One array from its slices. On the CPU backend it may live in their very memory: they must not change any more."""
     shards = [jax.device_put(slices[box], device) for box, devices in devices_of.items() for device in devices]
-    return jax.block_until_ready(jax.make_array_from_single_device_arrays(shape, sharding, shards))
+    return jax.block_until_ready(jax.make_array_from_single_device_arrays(tuple(shape), sharding, shards))
 
 
 def _boxes(sharding: Sharding, shape: tuple[int, ...]) -> dict[Box, list[jax.Device]]:
@@ -250,39 +303,43 @@ def _boxes(sharding: Sharding, shape: tuple[int, ...]) -> dict[Box, list[jax.Dev
     return boxes
 
 
-def _read_boxes(
-    checkpoint: Checkpoint, info: TensorInfo, dtype: np.dtype, boxes: list[Box], stop: threading.Event
-) -> dict[Box, np.ndarray]:
-    """Slices of a tensor in ``dtype``, each in memory of its own. A row that several of them share is read once."""
-    slices = {box: _empty(tuple(end - start for start, end in box), dtype) for box in boxes}
+def _extent(box: Box) -> tuple[int, ...]:
+    return tuple(end - start for start, end in box)
+
+
+def _read_slices(
+    checkpoint: Checkpoint, info: TensorInfo, slices: Mapping[Box, np.ndarray], stop: threading.Event
+) -> None:
+    """Fill slices of a tensor, converting to their dtype. A row that several of them share is read once."""
     if not info.shape:
         _convert(checkpoint.read(info.name), slices[()], info)
-        return slices
-    for first, last in sorted({box[0] for box in boxes}):
-        of_rows = {box[1:]: array for box, array in slices.items() if box[0] == (first, last)}
-        for start, end in _row_blocks(info, first, last):
-            if stop.is_set():
-                raise _Stopped
-            parts = {columns: array[start - first : end - first] for columns, array in of_rows.items()}
-            _read_rows(checkpoint, info, slice(start, end), parts)
-    return slices
-
-
-def _row_blocks(info: TensorInfo, first: int, last: int) -> Iterator[tuple[int, int]]:
-    step = max(1, _BLOCK_BYTES * info.shape[0] // max(info.nbytes, 1))
-    return ((start, min(start + step, last)) for start in range(first, last, step))
-
-
-def _read_rows(checkpoint: Checkpoint, info: TensorInfo, rows: slice, parts: Mapping[Box, np.ndarray]) -> None:
-    """Read ``rows`` of a tensor and copy their columns into the arrays that want them."""
-    whole = tuple((0, size) for size in info.shape[1:])
-    direct = parts.get(whole)
-    if direct is not None and direct.dtype == info.dtype:
-        checkpoint.read(info.name, rows, out=direct)
         return
-    block = checkpoint.read(info.name, rows)
-    for columns, part in parts.items():
-        _convert(block[(slice(None), *(slice(*column) for column in columns))], part, info)
+    for first, last in sorted({box[0] for box in slices}):
+        of_rows = {box[1:]: array for box, array in slices.items() if box[0] == (first, last)}
+        _read_rows(checkpoint, info, first, last, of_rows, stop)
+
+
+def _read_rows(
+    checkpoint: Checkpoint,
+    info: TensorInfo,
+    first: int,
+    last: int,
+    of_rows: Mapping[Box, np.ndarray],
+    stop: threading.Event,
+) -> None:
+    """Fill arrays with different columns of the rows ``first`` to ``last``, one block of rows after the other."""
+    step = max(1, _BLOCK_BYTES * info.shape[0] // max(info.nbytes, 1))
+    whole = of_rows.get(tuple((0, size) for size in info.shape[1:]))
+    direct = whole is not None and whole.dtype == info.dtype
+    block = None if direct else np.empty((min(step, last - first), *info.shape[1:]), info.dtype)
+    for start in range(first, last, step):
+        if stop.is_set():
+            raise _Stopped
+        end = min(start + step, last)
+        within = slice(start - first, end - first)
+        read = checkpoint.read(info.name, slice(start, end), out=whole[within] if direct else block[: end - start])
+        for columns, array in () if direct else of_rows.items():
+            _convert(read[(slice(None), *(slice(*column) for column in columns))], array[within], info)
 
 
 def _convert(source: np.ndarray, out: np.ndarray, info: TensorInfo) -> None:
@@ -308,11 +365,19 @@ def _empty(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
     return np.frombuffer(pages, np.uint8).view(dtype).reshape(shape)
 
 
-def _place(job: _Job, array: jax.Array, arrays: dict[str, jax.Array]) -> None:
-    """Make ``array`` the array of the job's target, or write it into the stack that is."""
-    if not job.target.stacked:
+def _place(job: _Job, array: jax.Array | None, arrays: dict[str, jax.Array]) -> None:
+    """Make what was read the array of the job's target, or part of it."""
+    if job.stack is not None:
+        if (stacked := job.stack.arrived()) is not None:
+            arrays[job.name] = stacked
+    elif job.target.stacked:
+        _put_on_stack(job, array, arrays)
+    else:
         arrays[job.name] = array
-        return
+
+
+def _put_on_stack(job: _Job, array: jax.Array, arrays: dict[str, jax.Array]) -> None:
+    """Write a layer into the stacked array on the devices, and delete the layer."""
     try:
         if job.name not in arrays:
             arrays[job.name] = _empty_stack(job.target)

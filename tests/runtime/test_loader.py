@@ -7,6 +7,7 @@ import re
 import subprocess
 import sys
 import threading
+import weakref
 from pathlib import Path
 
 import jax
@@ -168,7 +169,20 @@ def test_a_tensor_may_feed_two_arrays(tmp_path):
     assert np.array_equal(np.asarray(loaded["b"]), array.astype(BF16))
 
 
-# Stacked layers.
+# Stacked layers. Devices with memory of their own have another way of stacking; the CPU backend can go it as well.
+
+
+@pytest.fixture
+def device_memory(monkeypatch):
+    """Stack as on devices that have memory of their own."""
+    monkeypatch.setattr(loader, "_computes_in_host_memory", lambda sharding: False)
+
+
+@pytest.fixture(params=["host memory", "device memory"])
+def both_ways(request):
+    """Runs the test with both ways of stacking."""
+    if request.param == "device memory":
+        request.getfixturevalue("device_memory")
 
 
 @pytest.mark.parametrize("dtype", [F32, BF16], ids=str)
@@ -177,7 +191,7 @@ def test_a_tensor_may_feed_two_arrays(tmp_path):
     [one, eight, lambda: eight(None, "x"), lambda: eight(None, None, "x"), lambda: four_by_two(None, "a", "b")],
     ids=["one device", "replicated", "axis 1", "axis 2", "axes 1 and 2"],
 )
-def test_layers_are_stacked_in_the_order_of_the_sources(tmp_path, sharding, dtype, bytes_read):
+def test_layers_are_stacked_in_the_order_of_the_sources(tmp_path, sharding, dtype, bytes_read, both_ways):
     layers = [floats(8, 16) for _ in range(11)]
     checkpoint = checkpoint_of(tmp_path, {f"blocks.{i}.w": layer for i, layer in enumerate(layers)}, shards=3)
     bytes_read.clear()
@@ -188,20 +202,20 @@ def test_layers_are_stacked_in_the_order_of_the_sources(tmp_path, sharding, dtyp
     assert sum(bytes_read) == 11 * 8 * 16 * 4
 
 
-def test_a_stack_of_one_layer_keeps_its_axis(tmp_path):
+def test_a_stack_of_one_layer_keeps_its_axis(tmp_path, both_ways):
     array = floats(8, 4)
     checkpoint = checkpoint_of(tmp_path, {"x": array}, 1)
     loaded = load(checkpoint, {"w": Target((1, 8, 4), F32, eight(None, "x"), ("x",), stacked=True)})["w"]
     assert np.array_equal(np.asarray(loaded), array[None])
 
 
-def test_a_stack_of_scalars(tmp_path):
+def test_a_stack_of_scalars(tmp_path, both_ways):
     checkpoint = checkpoint_of(tmp_path, {f"s{i}": np.array(i, np.float32) for i in range(3)})
     loaded = load(checkpoint, {"w": Target((3,), F32, eight(), ("s0", "s1", "s2"))})["w"]
     assert loaded.tolist() == [0, 1, 2]
 
 
-def test_layers_are_written_in_place(tmp_path, monkeypatch):
+def test_layers_are_written_in_place(tmp_path, monkeypatch, device_memory):
     pointers, place = [], loader._place
 
     def watching(job, array, arrays):
@@ -215,7 +229,7 @@ def test_layers_are_written_in_place(tmp_path, monkeypatch):
     assert all(pointer == pointers[0] for pointer in pointers), "a second stack was made: donation did not work"
 
 
-def test_arrays_do_not_change_after_loading(tmp_path):
+def test_arrays_do_not_change_after_loading(tmp_path, both_ways):
     arrays = {f"{i}": floats(700, 600) for i in range(8)}  # above the size from which buffers have pages of their own
     checkpoint = checkpoint_of(tmp_path, arrays)
     targets = {name: plain(array, one(), source=name) for name, array in arrays.items() if name != "0"}
@@ -340,7 +354,7 @@ def test_progress_counts_tensors_in_the_callers_thread(tmp_path):
 
 @pytest.mark.parametrize("after", [0, 1, 5, 13, 20])
 @pytest.mark.parametrize("readers", [1, 4, 32])
-def test_cancel_leaves_nothing_on_the_devices(tmp_path, nothing_left, after, readers):
+def test_cancel_leaves_nothing_on_the_devices(tmp_path, nothing_left, both_ways, after, readers):
     checkpoint, targets = ten_plain_and_a_stack(tmp_path)
     with reporting(Recorder(cancel_after=after)) as recorder, pytest.raises(KeyboardInterrupt) as caught:
         load(checkpoint, targets, readers=readers)
@@ -350,7 +364,7 @@ def test_cancel_leaves_nothing_on_the_devices(tmp_path, nothing_left, after, rea
 
 
 @pytest.mark.parametrize("readers", [1, 4])
-def test_a_read_error_leaves_nothing_on_the_devices(tmp_path, nothing_left, readers):
+def test_a_read_error_leaves_nothing_on_the_devices(tmp_path, nothing_left, both_ways, readers):
     checkpoint, targets = ten_plain_and_a_stack(tmp_path)
     path = checkpoint.tensors["13"].file
     os.truncate(path, path.stat().st_size - 100)
@@ -358,7 +372,7 @@ def test_a_read_error_leaves_nothing_on_the_devices(tmp_path, nothing_left, read
         load(checkpoint, targets, readers=readers)
 
 
-def test_a_failing_device_leaves_nothing_on_the_devices(tmp_path, nothing_left, monkeypatch):
+def test_a_failing_device_leaves_nothing_on_the_devices(tmp_path, nothing_left, monkeypatch, device_memory):
     checkpoint, targets = ten_plain_and_a_stack(tmp_path)
 
     def out_of_memory(target):
@@ -369,6 +383,24 @@ def test_a_failing_device_leaves_nothing_on_the_devices(tmp_path, nothing_left, 
         load(checkpoint, targets)
     assert caught.traceback
     nothing_left()
+
+
+def test_cancel_gives_host_memory_back_while_the_traceback_lives(tmp_path, monkeypatch):
+    made, empty = [], loader._empty
+
+    def watched(shape, dtype):
+        array = empty(shape, dtype)
+        made.append(weakref.ref(array))
+        return array
+
+    monkeypatch.setattr(loader, "_empty", watched)
+    checkpoint, targets = ten_plain_and_a_stack(tmp_path)
+    with reporting(Recorder(cancel_after=13)), pytest.raises(KeyboardInterrupt) as caught:
+        load(checkpoint, targets)
+    assert caught.traceback
+    assert len(made) > 8
+    gc.collect()  # JAX lets go of memory it shared when Python collects garbage
+    assert [array().shape for array in made if array() is not None] == []
 
 
 def test_cancel_stops_the_readers_within_a_block(tmp_path, monkeypatch, bytes_read, nothing_left):
@@ -422,8 +454,9 @@ def result_of(process):
     return json.loads(out.splitlines()[-1])
 
 
-def memory_probe(folder, blocks, stacked, dtype):
+def memory_probe(folder, blocks, stacked, dtype, host_memory):
     """Load the large checkpoint and print how much memory that took, in MiB."""
+    loader._computes_in_host_memory = lambda sharding: host_memory
     checkpoint = Checkpoint.open(Path(folder))
     targets = large_targets(blocks, stacked, np.dtype(dtype))
     jax.block_until_ready(jax.jit(lambda x: x + 1)(np.ones(8)))
@@ -466,10 +499,14 @@ def large_checkpoint(tmp_path_factory):
 
 
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="peak memory is read from Linux's /proc")
-@pytest.mark.parametrize(("stacked", "dtype"), [(False, "bfloat16"), (True, "float32")])
-def test_two_gigabytes_load_with_little_memory_beside_the_arrays(large_checkpoint, stacked, dtype):
+@pytest.mark.parametrize(
+    ("stacked", "dtype", "host_memory"),
+    [(False, "bfloat16", True), (True, "float32", True), (True, "bfloat16", False)],
+    ids=["single tensors", "stacks in host memory, converted", "stacks in device memory"],
+)
+def test_two_gigabytes_load_with_little_memory_beside_the_arrays(large_checkpoint, stacked, dtype, host_memory):
     assert sum(path.stat().st_size for path in large_checkpoint.iterdir()) > 2e9
-    memory = result_of(run_probe("memory_probe", str(large_checkpoint), 17, stacked, dtype))
+    memory = result_of(run_probe("memory_probe", str(large_checkpoint), 17, stacked, dtype, host_memory))
     assert memory["right"]
     assert memory["device"] < memory["peak"] + 100, "the arrays are not counted: the figures below would mean nothing"
     assert memory["peak"] - memory["device"] < 400
