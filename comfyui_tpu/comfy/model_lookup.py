@@ -49,7 +49,7 @@ def find_local(model_id: str, folders: Sequence[Path]) -> Path | None:
     for folder in folders:
         candidate = folder / name
         if candidate.is_dir():
-            return _checked_checkpoint(model_id, candidate, folders)
+            return _checked_checkpoint(candidate)
     if _is_repo_id(name):
         return None
     found = ", ".join(_available(folders)) or "none"
@@ -76,13 +76,9 @@ def _is_repo_id(name: str) -> bool:
     return _REPO_ID.fullmatch(repo_id) is not None and (is_revision or not at)
 
 
-def _checked_checkpoint(model_id: str, candidate: Path, folders: Sequence[Path]) -> Path:
-    resolved = candidate.resolve()
-    if not any(resolved.is_relative_to(folder.resolve()) for folder in folders):
-        raise InvalidInput(
-            f"model_id {model_id!r} is a link to {resolved}, outside ComfyUI's model folders. Move the checkpoint "
-            "there, or add the folder that contains it as a 'diffusers' path in extra_model_paths.yaml."
-        )
+def _checked_checkpoint(candidate: Path) -> Path:
+    # A link may lead anywhere: whoever owns the model folder put it there, to keep models on a larger disk. What must
+    # not leave the folders is the name, which comes with somebody else's workflow.
     if not (candidate / "model_index.json").is_file():
         raise CheckpointError(
             f"{candidate} has no model_index.json, so it is no checkpoint in Diffusers layout "

@@ -267,13 +267,20 @@ class WanTextToVideo:
     def open(cls, folder: Path) -> WanTextToVideo:
         """The checkpoint in ``folder`` on all chips; the same object as long as its files do not change.
 
+        The headers of all weight files are checked here, so that a missing or truncated shard of the last component
+        is an error before the first one has run.
+
         Raises:
             CheckpointError: it is not a complete Wan 2.1 text-to-video checkpoint in Diffusers layout.
         """
         fresh = cls(folder)
         key = (fresh.text_encoder.key, fresh.transformer.key, fresh.vae.key)
         with cls._opened_lock:
-            model = cls._opened.setdefault(key, fresh)
+            model = cls._opened.get(key)
+            if model is None:
+                for component in (fresh.text_encoder, fresh.transformer, fresh.vae):
+                    component.check_files()
+                model = cls._opened[key] = fresh
             cls._opened.move_to_end(key)
             while len(cls._opened) > cls._OPENED_MAX:
                 cls._opened.popitem(last=False)

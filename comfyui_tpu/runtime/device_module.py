@@ -241,6 +241,10 @@ class DeviceModule:
             int(np.prod(s.sharding.shard_shape(s.shape))) * s.dtype.itemsize for s in self.parameter_shapes().values()
         )
 
+    def check_files(self) -> None:
+        """Raise CheckpointError if a weight file is missing, truncated or malformed. Reads headers only."""
+        Checkpoint.open(self.folder)
+
     def _load(self) -> dict[str, jax.Array]:
         checkpoint = Checkpoint.open(self.folder)
         shapes = self.parameter_shapes()

@@ -92,10 +92,11 @@ def test_an_empty_folder_is_named_and_explained(folders):
         find_local("empty", folders)
 
 
-def test_a_link_that_leaves_the_model_folders_is_refused(folders, tmp_path):
+def test_a_link_to_another_disk_works(folders, tmp_path):
     (folders[0] / "link").symlink_to(tmp_path / "outside")
-    with pytest.raises(InvalidInput, match=r"link to .*outside.* extra_model_paths\.yaml"):
-        find_local("link", folders)
+    (tmp_path / "outside").mkdir(exist_ok=True)
+    (tmp_path / "outside" / "model_index.json").touch()
+    assert find_local("link", folders) == folders[0] / "link"
 
 
 def test_a_link_within_the_model_folders_and_a_linked_model_folder_work(folders, tmp_path):

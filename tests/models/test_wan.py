@@ -327,6 +327,18 @@ def test_another_kind_of_checkpoint_is_refused_before_any_weights_load(wan_folde
     assert registry().bytes_in_use == 0
 
 
+def test_a_truncated_file_of_the_last_component_is_found_before_any_weights_load(wan_folder, tmp_path):
+    folder = tmp_path / "copy"
+    shutil.copytree(wan_folder, folder)
+    shard = next((folder / "vae").glob("*.safetensors"))
+    with shard.open("r+b") as file:
+        file.truncate(shard.stat().st_size - 100)
+    registry().release_all()
+    with pytest.raises(CheckpointError, match=shard.name):
+        wan.WanTextToVideo.open(folder)
+    assert registry().bytes_in_use == 0
+
+
 def test_an_empty_folder_is_no_checkpoint(tmp_path):
     with pytest.raises(CheckpointError, match=r"has no model_index\.json"):
         wan.WanTextToVideo.open(tmp_path)
