@@ -97,6 +97,17 @@ def test_an_index_decides_what_belongs_to_the_checkpoint(tmp_path):
     assert set(Checkpoint.open(tmp_path).tensors) == {"named"}
 
 
+def test_links_as_in_the_hub_cache_are_followed_and_broken_ones_are_missing(tmp_path):
+    (tmp_path / "blobs").mkdir()
+    (tmp_path / "snapshot").mkdir()
+    write_sharded(tmp_path / "blobs", {"a": floats(2), "b": floats(3)}, shards=2)
+    for blob in (tmp_path / "blobs").iterdir():
+        (tmp_path / "snapshot" / blob.name).symlink_to(f"../blobs/{blob.name}")
+    assert set(Checkpoint.open(tmp_path / "snapshot").tensors) == {"a", "b"}
+    (tmp_path / "blobs" / "model-00001-of-00002.safetensors").unlink()
+    assert "model-00001-of-00002.safetensors is not in the folder" in refusal(tmp_path / "snapshot")
+
+
 # Reading.
 
 
