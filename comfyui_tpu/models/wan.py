@@ -1,13 +1,12 @@
-"""Wan 2.1 text-to-video: UMT5 text encoder, Wan transformer (1.3 B and 14 B), causal Wan video autoencoder.
+"""Wan: UMT5 text encoder, Wan transformer (1.3 B and 14 B), causal Wan video autoencoder; text-to-video.
 
-The stock ``WanPipeline`` drives; its three modules are device modules.
+The stock Diffusers pipeline drives; its modules are device modules. Image-to-video is in ``wan_i2v``.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import functools
-import threading
-from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,10 +14,18 @@ from typing import Any, ClassVar
 
 import torch
 
+from comfyui_tpu.models.common import (
+    OpenedModel,
+    StepInfo,
+    clean_latents,
+    finite,
+    load_scheduler,
+    load_tokenizer,
+    read_model_index,
+)
 from comfyui_tpu.runtime import causal
-from comfyui_tpu.runtime.checkpoint import read_config
 from comfyui_tpu.runtime.device_module import ComponentSpec, DeviceModule, Options
-from comfyui_tpu.runtime.errors import CheckpointError, InvalidInput, NumericsError
+from comfyui_tpu.runtime.errors import CheckpointError, InvalidInput
 from comfyui_tpu.runtime.plan import Plan, spatial, spread
 
 SIZE_MULTIPLE = 16  # the autoencoder divides by 8, the transformer's patches by 2
@@ -129,6 +136,9 @@ TRANSFORMER = ComponentSpec(
     unused=(r"norm_added_q",),
 )
 
+# Wan 2.2's second expert, for the timesteps with little noise.
+TRANSFORMER_2 = dataclasses.replace(TRANSFORMER, name="transformer_2")
+
 VAE = ComponentSpec(
     name="vae",
     build=_build_vae,
@@ -225,22 +235,6 @@ class WanVAE(DeviceModule):
 
 
 @dataclass(frozen=True)
-class StepInfo:
-    """One finished denoising step.
-
-    Attributes:
-        step: 1-based.
-        total: number of steps.
-        latents: the predicted clean latents ``[B, 16, T, h, w]`` in the model's normalised space (the noisy ones where
-            the scheduler does not keep a prediction).
-    """
-
-    step: int
-    total: int
-    latents: torch.Tensor
-
-
-@dataclass(frozen=True)
 class Plans:
     """Plans by component; None lets the number of chips decide."""
 
@@ -249,42 +243,33 @@ class Plans:
     vae: Plan | None = None
 
 
-class WanTextToVideo:
-    """A Wan 2.1 text-to-video checkpoint. Opening reads configs only; weights load when a component first runs."""
+class WanModel(OpenedModel):
+    """What text-to-video and image-to-video share: components, text encoding, decoding."""
 
-    _opened: ClassVar[OrderedDict[tuple, WanTextToVideo]] = OrderedDict()
-    _opened_lock = threading.Lock()
-    _OPENED_MAX = 4  # modules without weights, a few MB each
+    pipeline_class: ClassVar[str]
+    example: ClassVar[str]
 
     def __init__(self, folder: Path, devices: tuple | None = None, plans: Plans = Plans()):
         self.folder = Path(folder)
-        _check_model_index(self.folder)
+        self.index = read_model_index(self.folder, self.pipeline_class, self.example)
+        if self.index.get("expand_timesteps"):
+            raise CheckpointError(f"{folder} is Wan 2.2 TI2V 5B, which these nodes do not run.")
         self.text_encoder = WanTextEncoder(TEXT_ENCODER, self.folder, devices=devices, plan=plans.text_encoder)
         self.transformer = WanTransformer(TRANSFORMER, self.folder, devices=devices, plan=plans.transformer)
+        self.transformer_2: WanTransformer | None = None
+        if (self.index.get("transformer_2") or [None])[0]:
+            self.transformer_2 = WanTransformer(TRANSFORMER_2, self.folder, devices=devices, plan=plans.transformer)
         self.vae = WanVAE(VAE, self.folder, devices=devices, plan=plans.vae)
 
-    @classmethod
-    def open(cls, folder: Path) -> WanTextToVideo:
-        """The checkpoint in ``folder`` on all chips; the same object as long as its files do not change.
+    @property
+    def components(self) -> tuple[DeviceModule, ...]:
+        found = (self.text_encoder, self.transformer, self.transformer_2, self.vae)
+        return tuple(component for component in found if component is not None)
 
-        The headers of all weight files are checked here, so that a missing or truncated shard of the last component
-        is an error before the first one has run.
-
-        Raises:
-            CheckpointError: it is not a complete Wan 2.1 text-to-video checkpoint in Diffusers layout.
-        """
-        fresh = cls(folder)
-        key = (fresh.text_encoder.key, fresh.transformer.key, fresh.vae.key)
-        with cls._opened_lock:
-            model = cls._opened.get(key)
-            if model is None:
-                for component in (fresh.text_encoder, fresh.transformer, fresh.vae):
-                    component.check_files()
-                model = cls._opened[key] = fresh
-            cls._opened.move_to_end(key)
-            while len(cls._opened) > cls._OPENED_MAX:
-                cls._opened.popitem(last=False)
-        return model
+    @property
+    def boundary_ratio(self) -> float | None:
+        """Timesteps from this share of the schedule on belong to ``transformer``, those below to ``transformer_2``."""
+        return self.index.get("boundary_ratio")
 
     @property
     def text_dim(self) -> int:
@@ -297,20 +282,89 @@ class WanTextToVideo:
 
     def describe_plan(self) -> str:
         """Which plan runs where, for people."""
-        device = self.transformer.devices[0]
-        count = len(self.transformer.devices)
-        kind = device.device_kind if device.platform != "cpu" else "CPU (no TPU found)"
-        return f"{self.transformer.plan.name} over {count} × {kind}, {str(self.transformer.dtype).split('.')[-1]}"
+        return self.transformer.describe_plan()
 
     def encode_prompt(self, prompt: str, negative_prompt: str) -> tuple[torch.Tensor, torch.Tensor]:
         """Embeddings of both texts, each ``[1, 512, text_dim]`` float32."""
-        embeds, negative = self._pipeline(flow_shift=None).encode_prompt(
+        embeds, negative = self._pipeline().encode_prompt(
             prompt=prompt,
             negative_prompt=negative_prompt,
             do_classifier_free_guidance=True,
             max_sequence_length=TEXT_TOKENS,
         )
-        return _finite(embeds.float(), "text encoder"), _finite(negative.float(), "text encoder")
+        return finite(embeds.float(), "text encoder"), finite(negative.float(), "text encoder")
+
+    def decode(self, latents: torch.Tensor) -> torch.Tensor:
+        """Latents as ``sample`` returns them → frames ``[B·num_frames, H, W, 3]`` float32 in 0..1."""
+        frames = finite(self.vae.decode(latents.float(), return_dict=False)[0], "video autoencoder")
+        # Diffusers' VideoProcessor: (x/2 + 0.5) clamped; in place, a 720p clip is close to a gigabyte.
+        frames = frames.mul_(0.5).add_(0.5).clamp_(0.0, 1.0)
+        return frames.permute(0, 2, 3, 4, 1).flatten(0, 1).contiguous()
+
+    def latent_statistics(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """Mean and standard deviation of the autoencoder's latents, each ``[1, 16, 1, 1, 1]``."""
+        config = self.vae.config
+        return tuple(torch.tensor(values).view(1, -1, 1, 1, 1) for values in (config.latents_mean, config.latents_std))
+
+    def _denoise(self, pipeline: Any, on_step: Callable[[StepInfo], None] | None, seed: int, **inputs: Any):
+        """Run the stock pipeline to its final latents; returns them in the autoencoder's own space."""
+        total = inputs["num_inference_steps"]
+
+        def after_step(pipe, index, timestep, tensors):
+            if on_step is not None:
+                on_step(StepInfo(index + 1, total, clean_latents(pipe.scheduler, tensors["latents"])))
+            return {}
+
+        latents = pipeline(
+            **inputs,
+            generator=torch.Generator("cpu").manual_seed(seed),
+            output_type="latent",
+            return_dict=False,
+            callback_on_step_end=after_step,
+        )[0]
+        mean, std = self.latent_statistics()
+        return finite(latents.float() * std + mean, "transformer")
+
+    def _pipeline(self, flow_shift: float | None = None, options: Options | None = None, cls: type | None = None):
+        """The stock pipeline (or a subclass of it) around this checkpoint's device modules."""
+        import diffusers
+
+        options = options or Options()
+        extra = {}
+        if self.transformer_2 is not None:
+            extra = {
+                "transformer_2": self.transformer_2.with_options(options),
+                "boundary_ratio": self.boundary_ratio,
+            }
+        pipeline = (cls or getattr(diffusers, self.pipeline_class))(
+            tokenizer=self._tokenizer,
+            text_encoder=self.text_encoder,
+            vae=self.vae,
+            scheduler=self._scheduler(flow_shift),
+            transformer=self.transformer.with_options(options),
+            **extra,
+        )
+        pipeline.set_progress_bar_config(disable=True)
+        return pipeline
+
+    @functools.cached_property
+    def _tokenizer(self):
+        return load_tokenizer(self.folder)
+
+    def _scheduler(self, flow_shift: float | None):
+        """The checkpoint's own scheduler, fresh for each run, with the schedule's shift replaced if given."""
+        plain = load_scheduler(self.folder)
+        if flow_shift is None:
+            return plain
+        # UniPC calls it flow_shift, the flow-matching schedulers shift.
+        return load_scheduler(self.folder, **{"flow_shift" if "flow_shift" in plain.config else "shift": flow_shift})
+
+
+class WanTextToVideo(WanModel):
+    """A Wan 2.1 text-to-video checkpoint (or Wan 2.2's A14B, whose two experts share the guidance scale)."""
+
+    pipeline_class = "WanPipeline"
+    example = "Wan-AI/Wan2.1-T2V-14B-Diffusers"
 
     def sample(
         self,
@@ -337,14 +391,10 @@ class WanTextToVideo:
             on_step: called after each step; may raise to stop.
         """
         check_video_size(height, width, num_frames)
-        pipeline = self._pipeline(flow_shift, Options(smooth_keys=k_smooth))
-
-        def after_step(pipe, index, timestep, tensors):
-            if on_step is not None:
-                on_step(StepInfo(index + 1, num_inference_steps, _clean_latents(pipe.scheduler, tensors["latents"])))
-            return {}
-
-        latents = pipeline(
+        return self._denoise(
+            self._pipeline(flow_shift, Options(smooth_keys=k_smooth)),
+            on_step,
+            seed,
             prompt_embeds=prompt_embeds,
             negative_prompt_embeds=negative_prompt_embeds,
             height=height,
@@ -352,92 +402,4 @@ class WanTextToVideo:
             num_frames=num_frames,
             num_inference_steps=num_inference_steps,
             guidance_scale=guidance_scale,
-            generator=torch.Generator("cpu").manual_seed(seed),
-            output_type="latent",
-            return_dict=False,
-            callback_on_step_end=after_step,
-        )[0]
-        mean, std = self._latent_statistics()
-        return _finite(latents.float() * std + mean, "transformer")
-
-    def decode(self, latents: torch.Tensor) -> torch.Tensor:
-        """Latents as :meth:`sample` returns them → frames ``[B·num_frames, H, W, 3]`` float32 in 0..1."""
-        frames = _finite(self.vae.decode(latents.float(), return_dict=False)[0], "video autoencoder")
-        # Diffusers' VideoProcessor: (x/2 + 0.5) clamped; in place, a 720p clip is close to a gigabyte.
-        frames = frames.mul_(0.5).add_(0.5).clamp_(0.0, 1.0)
-        return frames.permute(0, 2, 3, 4, 1).flatten(0, 1).contiguous()
-
-    def _latent_statistics(self) -> tuple[torch.Tensor, torch.Tensor]:
-        config = self.vae.config
-        return tuple(torch.tensor(values).view(1, -1, 1, 1, 1) for values in (config.latents_mean, config.latents_std))
-
-    def _pipeline(self, flow_shift: float | None, options: Options | None = None):
-        from diffusers import WanPipeline
-
-        pipeline = WanPipeline(
-            tokenizer=self._tokenizer,
-            text_encoder=self.text_encoder,
-            vae=self.vae,
-            scheduler=self._scheduler(flow_shift),
-            transformer=self.transformer.with_options(options or Options()),
         )
-        pipeline.set_progress_bar_config(disable=True)
-        return pipeline
-
-    @functools.cached_property
-    def _tokenizer(self):
-        from transformers import AutoTokenizer
-
-        try:
-            return AutoTokenizer.from_pretrained(self.folder / "tokenizer", local_files_only=True)
-        except (OSError, ValueError) as error:
-            raise CheckpointError(
-                f"The tokenizer in {self.folder / 'tokenizer'} cannot be loaded: {error} Download the checkpoint again."
-            ) from error
-
-    def _scheduler(self, flow_shift: float | None):
-        """The checkpoint's own scheduler, fresh for each run, with the schedule's shift replaced if given."""
-        import diffusers
-
-        folder = self.folder / "scheduler"
-        name = read_config(folder, "scheduler_config.json").get("_class_name", "")
-        scheduler = getattr(diffusers, name, None)
-        if not (isinstance(scheduler, type) and issubclass(scheduler, diffusers.SchedulerMixin)):
-            raise CheckpointError(f"{folder} names the scheduler {name!r}, which Diffusers does not have.")
-        plain = scheduler.from_pretrained(folder)
-        if flow_shift is None:
-            return plain
-        key = "flow_shift" if "flow_shift" in plain.config else "shift"
-        return scheduler.from_config(plain.config, **{key: flow_shift})
-
-
-def _check_model_index(folder: Path) -> None:
-    if not (folder / "model_index.json").is_file():
-        raise CheckpointError(
-            f"{folder} has no model_index.json, so it is no checkpoint in Diffusers layout. Download the whole "
-            "repository (for example Wan-AI/Wan2.1-T2V-14B-Diffusers) into it."
-        )
-    index = read_config(folder, "model_index.json")
-    found = index.get("_class_name")
-    if found != "WanPipeline":
-        raise CheckpointError(
-            f"{folder} is a checkpoint for {found}; this node needs one for WanPipeline (Wan 2.1 T2V)."
-        )
-    if (index.get("transformer_2") or [None])[0] or index.get("expand_timesteps"):
-        raise CheckpointError(f"{folder} is a Wan 2.2 checkpoint; these nodes run Wan 2.1 text-to-video.")
-
-
-def _clean_latents(scheduler: Any, latents: torch.Tensor) -> torch.Tensor:
-    """UniPC keeps its last prediction of the clean latents; other schedulers only the noisy ones."""
-    outputs = getattr(scheduler, "model_outputs", None)
-    predicts_clean = getattr(scheduler.config, "predict_x0", False)
-    return outputs[-1] if predicts_clean and outputs and outputs[-1] is not None else latents
-
-
-def _finite(tensor: torch.Tensor, stage: str) -> torch.Tensor:
-    if not torch.isfinite(tensor).all():
-        raise NumericsError(
-            f"The {stage} produced NaN or infinity. Check the checkpoint's files and the inputs (guidance_scale, "
-            "embeddings); if they are right, please report it with the workflow."
-        )
-    return tensor

@@ -118,6 +118,12 @@ class DeviceModule:
     def config(self) -> Any:
         return self.skeleton.module.config
 
+    def describe_plan(self) -> str:
+        """Which plan runs where, for people: ``"fsdp over 8 × TPU v6 lite, bfloat16"``."""
+        first = self.devices[0]
+        kind = first.device_kind if first.platform != "cpu" else "CPU (no TPU found)"
+        return f"{self.plan.name} over {len(self.devices)} × {kind}, {self.compute_dtype.name}"
+
     def modules(self) -> Iterator[torch.nn.Module]:
         """No torch submodules: Diffusers looks for offloading hooks in them."""
         return iter(())

@@ -310,7 +310,7 @@ def edited(folder, target, name, change):
     ("file", "change", "message"),
     [
         ("model_index.json", lambda v: v.update(_class_name="FluxPipeline"), "for FluxPipeline; .* WanPipeline"),
-        ("model_index.json", lambda v: v.update(transformer_2=["diffusers", "X"]), "Wan 2.2"),
+        ("model_index.json", lambda v: v.update(expand_timesteps=True), "TI2V 5B"),
         ("transformer/config.json", lambda v: v.update(_class_name="Other"), "describes a Other"),
         (
             "text_encoder/config.json",

@@ -1,0 +1,132 @@
+"""What every family needs: opening a checkpoint once, its scheduler and tokenizer, step reports, the NaN check."""
+
+from __future__ import annotations
+
+import threading
+from collections import OrderedDict
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar, Self
+
+import torch
+
+from comfyui_tpu.runtime.checkpoint import read_config
+from comfyui_tpu.runtime.device_module import DeviceModule
+from comfyui_tpu.runtime.errors import CheckpointError, NumericsError
+
+
+@dataclass(frozen=True)
+class StepInfo:
+    """One finished denoising step.
+
+    Attributes:
+        step: 1-based.
+        total: number of steps.
+        latents: the predicted clean latents in the model's normalised space, what core's previewers take (the noisy
+            ones where the scheduler does not keep a prediction).
+    """
+
+    step: int
+    total: int
+    latents: torch.Tensor
+
+
+class OpenedModel:
+    """A checkpoint whose components are device modules. Opening reads configs and headers; weights load when used.
+
+    Subclasses build their components in ``__init__(folder, devices, plans)`` and list them in :attr:`components`.
+    """
+
+    _opened: ClassVar[OrderedDict[tuple, OpenedModel]] = OrderedDict()
+    _opened_lock: ClassVar[threading.Lock] = threading.Lock()
+    _OPENED_MAX: ClassVar[int] = 8  # modules without weights, a few MB each
+
+    folder: Path
+
+    @property
+    def components(self) -> tuple[DeviceModule, ...]:
+        raise NotImplementedError
+
+    @classmethod
+    def open(cls, folder: Path) -> Self:
+        """The checkpoint in ``folder`` on all chips; the same object as long as its files do not change.
+
+        The headers of all weight files are checked here, so that a missing or truncated shard of the last component
+        is an error before the first one has run.
+
+        Raises:
+            CheckpointError: it is not a complete checkpoint of this family in Diffusers layout.
+        """
+        fresh = cls(folder)
+        key = (cls, *(component.key for component in fresh.components))
+        with OpenedModel._opened_lock:
+            opened = OpenedModel._opened
+            if key not in opened:
+                for component in fresh.components:
+                    component.check_files()
+                opened[key] = fresh
+            opened.move_to_end(key)
+            while len(opened) > cls._OPENED_MAX:
+                opened.popitem(last=False)
+            return opened[key]
+
+
+def read_model_index(folder: Path, expected: str, example: str) -> dict[str, Any]:
+    """``model_index.json`` of a checkpoint for the pipeline class ``expected``; ``example`` is a repo id that has one.
+
+    Raises:
+        CheckpointError: there is none, or it names another pipeline.
+    """
+    if not (folder / "model_index.json").is_file():
+        raise CheckpointError(
+            f"{folder} has no model_index.json, so it is no checkpoint in Diffusers layout. Download the whole "
+            f"repository (for example {example}) into it."
+        )
+    index = read_config(folder, "model_index.json")
+    found = index.get("_class_name")
+    if found != expected:
+        raise CheckpointError(
+            f"{folder} is a checkpoint for {found}; this node needs one for {expected} (for example {example})."
+        )
+    return index
+
+
+def load_scheduler(folder: Path, **changes: Any) -> Any:
+    """A fresh scheduler as the checkpoint in ``folder`` ships it, with some of its settings changed."""
+    import diffusers
+
+    name = read_config(folder / "scheduler", "scheduler_config.json").get("_class_name", "")
+    scheduler = getattr(diffusers, name, None)
+    if not (isinstance(scheduler, type) and issubclass(scheduler, diffusers.SchedulerMixin)):
+        raise CheckpointError(f"{folder / 'scheduler'} names the scheduler {name!r}, which Diffusers does not have.")
+    plain = scheduler.from_pretrained(folder / "scheduler")
+    return scheduler.from_config(plain.config, **changes) if changes else plain
+
+
+def load_tokenizer(folder: Path) -> Any:
+    """The tokenizer of the checkpoint in ``folder``."""
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(folder / "tokenizer", local_files_only=True)
+    except (OSError, ValueError) as error:
+        raise CheckpointError(
+            f"The tokenizer in {folder / 'tokenizer'} cannot be loaded: {error} Download the checkpoint again."
+        ) from error
+
+
+def clean_latents(scheduler: Any, latents: torch.Tensor) -> torch.Tensor:
+    """UniPC keeps its last prediction of the clean latents; other schedulers only the noisy ones."""
+    outputs = getattr(scheduler, "model_outputs", None)
+    predicts_clean = getattr(scheduler.config, "predict_x0", False)
+    return outputs[-1] if predicts_clean and outputs and outputs[-1] is not None else latents
+
+
+def finite(tensor: torch.Tensor, stage: str) -> torch.Tensor:
+    """``tensor``; NumericsError naming ``stage`` if it holds NaN or infinity."""
+    if not torch.isfinite(tensor).all():
+        raise NumericsError(
+            f"The {stage} produced NaN or infinity. Check the checkpoint's files and the inputs (guidance_scale, "
+            "embeddings); if they are right, please report it with the workflow."
+        )
+    return tensor
