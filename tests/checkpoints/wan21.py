@@ -115,41 +115,49 @@ def write(
     ``shard_bytes``. ``overrides`` name a component and change its configuration:
     ``write(dest, transformer={"num_layers": 2}, vae={"base_dim": 16})``. torch's random state is left as it was.
     """
-    configs = _configs(overrides)
+    settings = configs(overrides)
     recipe = {
         "writer": __name__,
         "version": RECIPE_VERSION,
         "seed": seed,
         "dtype": str(dtype),
         "shard_bytes": shard_bytes,
-        **configs,
+        **settings,
     }
-    return write_once(dest, recipe, lambda folder: _fill(folder, configs, seed, dtype, shard_bytes))
+    return write_once(dest, recipe, lambda folder: fill(folder, settings, seed, dtype, shard_bytes))
 
 
-def _configs(overrides: dict[str, dict]) -> dict[str, dict]:
+def configs(overrides: dict[str, dict]) -> dict[str, dict]:
     """Configuration per component with ``overrides`` applied; refuses names that do not exist."""
-    configs = {"text_encoder": TEXT_ENCODER, "transformer": TRANSFORMER, "vae": VAE, "scheduler": SCHEDULER}
-    if unknown := sorted(set(overrides) - set(configs)):
-        raise TypeError(f"expected overrides for {', '.join(configs)}; got {', '.join(unknown)}")
-    return {name: {**config, **overrides.get(name, {})} for name, config in configs.items()}
+    found = {"text_encoder": TEXT_ENCODER, "transformer": TRANSFORMER, "vae": VAE, "scheduler": SCHEDULER}
+    if unknown := sorted(set(overrides) - set(found)):
+        raise TypeError(f"expected overrides for {', '.join(found)}; got {', '.join(unknown)}")
+    return {name: {**config, **overrides.get(name, {})} for name, config in found.items()}
 
 
-def _fill(folder: Path, configs: dict[str, dict], seed: int, dtype: torch.dtype, shard_bytes: int) -> None:
+def fill(
+    folder: Path,
+    configs: dict[str, dict],
+    seed: int,
+    dtype: torch.dtype,
+    shard_bytes: int,
+    index: dict = MODEL_INDEX,
+) -> None:
+    """Write every component and ``model_index.json`` into ``folder``."""
     vocab_size = write_t5_tokenizer(folder / "tokenizer")
     with torch.random.fork_rng(devices=[]):  # constructors draw initial weights from the global generator
         text_encoder = _text_encoder(configs["text_encoder"], vocab_size, seed)
-        transformer = _transformer(configs["transformer"], seed)
+        denoiser = transformer(configs["transformer"], seed)
         vae = _vae(configs["vae"], seed)
-    _cast(text_encoder, dtype).save_pretrained(folder / "text_encoder", max_shard_size=shard_bytes)
-    _cast(transformer, dtype).save_pretrained(folder / "transformer", max_shard_size=shard_bytes)
+    cast(text_encoder, dtype).save_pretrained(folder / "text_encoder", max_shard_size=shard_bytes)
+    cast(denoiser, dtype).save_pretrained(folder / "transformer", max_shard_size=shard_bytes)
     vae.save_pretrained(folder / "vae")  # a single file, like the real one
     _untie_in_config(folder / "text_encoder" / "config.json")
     _write_json(folder / "scheduler" / "scheduler_config.json", configs["scheduler"])
-    _write_json(folder / "model_index.json", MODEL_INDEX)
+    _write_json(folder / "model_index.json", index)
 
 
-def _cast(module: torch.nn.Module, dtype: torch.dtype) -> torch.nn.Module:
+def cast(module: torch.nn.Module, dtype: torch.dtype) -> torch.nn.Module:
     """Cast what Diffusers would cast: it keeps some modules (norms, time embedding) in float32 whatever the dtype."""
     kept = getattr(module, "_keep_in_fp32_modules", None) or ()
     for name, parameter in module.named_parameters():
@@ -177,7 +185,8 @@ def _text_encoder(config: dict, vocab_size: int, seed: int) -> torch.nn.Module:
     return module
 
 
-def _transformer(config: dict, seed: int) -> torch.nn.Module:
+def transformer(config: dict, seed: int) -> torch.nn.Module:
+    """A WanTransformer3DModel with seeded weights that keep activations of order one."""
     from diffusers import WanTransformer3DModel
 
     module = WanTransformer3DModel(**config)
