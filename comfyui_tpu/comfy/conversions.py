@@ -1,8 +1,9 @@
-"""Values between nodes, in core's own contract: CONDITIONING, LATENT, IMAGE. Everything wrong is refused here."""
+"""Values between nodes, in core's own contract: CONDITIONING, LATENT, IMAGE, SIGMAS. What is wrong is refused here."""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from comfyui_tpu.runtime.errors import InvalidInput, NumericsError
@@ -19,13 +20,28 @@ _UNSUPPORTED_CONDITIONING = {
     "hooks": "hooks",
     "start_percent": "ConditioningSetTimestepRange",
     "end_percent": "ConditioningSetTimestepRange",
+    "guidance": "Flux Guidance",
+    "reference_latents": "Reference Latent",
+}
+# "guidance": None is core's way to switch guidance off, so it is not without effect.
+_WITHOUT_EFFECT = {"start_percent": (None, 0.0), "end_percent": (None, 1.0), "guidance": ()}
+_INSTEAD = {
+    "guidance": " Set the sampler's guidance_scale instead.",
+    "reference_latents": " Connect the pictures to the sampler's reference_images instead.",
 }
 
+# Sharpening and resizing overshoot 0..1, which core's nodes clip; beyond this it is another scale, like 0..255.
+_OVERSHOOT = 1.0
 
-def check_range(name: str, value: float, minimum: float, maximum: float) -> None:
+Ranges = Mapping[str, tuple[float, float]]  # input: (minimum, maximum)
+
+
+def check_ranges(ranges: Ranges, values: Mapping[str, float]) -> None:
     """Core checks ranges only for values typed into a node, not for linked ones."""
-    if not (math.isfinite(value) and minimum <= value <= maximum):
-        raise InvalidInput(f"{name} must be between {minimum} and {maximum}, but {value} came.")
+    for name, value in values.items():
+        minimum, maximum = ranges[name]
+        if not (math.isfinite(value) and minimum <= value <= maximum):
+            raise InvalidInput(f"{name} must be between {minimum} and {maximum}, but {value} came.")
 
 
 def to_conditioning(embeds: torch.Tensor) -> list[list[Any]]:
@@ -33,10 +49,13 @@ def to_conditioning(embeds: torch.Tensor) -> list[list[Any]]:
     return [[embeds, {}]]
 
 
-def from_conditioning(conditioning: Any, *, name: str, text_dim: int, max_tokens: int) -> torch.Tensor:
-    """Core's CONDITIONING → ``[1, max_tokens, text_dim]`` float32 on the CPU, zero after the last token.
+def from_conditioning(
+    conditioning: Any, *, name: str, text_dim: int, max_tokens: int, pad_left: bool = False
+) -> torch.Tensor:
+    """Core's CONDITIONING → ``[1, max_tokens, text_dim]`` float32 on the CPU, zero beyond its tokens.
 
-    Also takes what core's CLIP Text Encode makes with the same text encoder. ``name`` is the input's name.
+    Also takes what core's CLIP Text Encode makes with the same text encoder. ``name`` is the input's name;
+    ``pad_left``: the zeros go before the tokens, for models whose sampler in core puts them there.
     """
     import torch
 
@@ -61,7 +80,8 @@ def from_conditioning(conditioning: Any, *, name: str, text_dim: int, max_tokens
     embeds = embeds.to(device="cpu", dtype=torch.float32)
     if not torch.isfinite(embeds).all():
         raise NumericsError(f"{name} holds NaN or infinity. Run the text encoder again; if it stays, report a bug.")
-    return torch.nn.functional.pad(embeds, (0, 0, 0, max_tokens - embeds.shape[1]))
+    missing = max_tokens - embeds.shape[1]
+    return torch.nn.functional.pad(embeds, (0, 0, missing, 0) if pad_left else (0, 0, 0, missing))
 
 
 def to_latent(samples: torch.Tensor) -> dict[str, Any]:
@@ -78,18 +98,99 @@ def to_latent(samples: torch.Tensor) -> dict[str, Any]:
 
 def from_video_latent(latent: Any, *, channels: int) -> torch.Tensor:
     """Core's LATENT → ``[B, channels, T, h, w]`` float32 on the CPU, in the space core's own VAE nodes use."""
+    expected = f"latents must be video latents [batch, {channels}, frames, height/8, width/8]"
+    return _checked_samples(latent, channels, 5, expected, other={4: "image"})
+
+
+def from_image_latent(latent: Any, *, channels: int, scale: int) -> torch.Tensor:
+    """Core's LATENT → ``[B, channels, height/scale, width/scale]`` float32 on the CPU, in core's own space."""
+    expected = f"latents must be image latents [batch, {channels}, height/{scale}, width/{scale}]"
+    return _checked_samples(latent, channels, 4, expected, other={5: "video"})
+
+
+def check_size_hints(latents: torch.Tensor, scale: int, height: int, width: int) -> None:
+    """Raise if a decoder's ``height`` and ``width`` in pixels contradict latents ``[..., h, w]``. 0: no hint."""
+    found = (latents.shape[-2] * scale, latents.shape[-1] * scale)
+    if any(hint and hint != actual for hint, actual in zip((height, width), found, strict=True)):
+        raise InvalidInput(
+            f"height and width say {height}×{width}, but the latents are those of a picture {found[0]}×{found[1]} "
+            f"(height×width). Set height to {found[0]} and width to {found[1]}, or both to 0 to take them from the "
+            "latents."
+        )
+
+
+def from_sigmas(sigmas: Any) -> list[float] | None:
+    """Core's SIGMAS ``[steps + 1]`` from 1 down to 0 → the same numbers; None stays None.
+
+    The samplers start from pure noise and end at a clean picture, so parts of a schedule are refused.
+    """
+    import torch
+
+    if sigmas is None:
+        return None
+    if not isinstance(sigmas, torch.Tensor) or sigmas.ndim != 1 or sigmas.numel() < 2:
+        raise InvalidInput(f"sigmas must be SIGMAS: a value per step and a final 0, but {_describe(sigmas)} came.")
+    sigmas = sigmas.to(device="cpu", dtype=torch.float32)
+    values = sigmas.tolist()
+    if not torch.isfinite(sigmas).all() or (sigmas.diff() >= 0).any():
+        raise InvalidInput(f"sigmas must be finite and decrease from step to step, but {_shown(values)} came.")
+    if values[-1] != 0:
+        raise InvalidInput(
+            f"sigmas must end with 0 (a clean picture), but the last of {_shown(values)} is {values[-1]:g}. "
+            "Connect the whole schedule, not the upper half of Split Sigmas."
+        )
+    if abs(values[0] - 1) > 0.01:
+        raise InvalidInput(
+            f"sigmas must begin with 1 (pure noise), but the first of {_shown(values)} is {values[0]:g}. Use a "
+            "scheduler for flow models, such as Flux2Scheduler, and the whole of its schedule."
+        )
+    return values
+
+
+def from_reference_images(inputs: Mapping[str, Any], limit: int) -> list[torch.Tensor]:
+    """Batches of core's IMAGE by input name (None: not connected) → pictures ``[H, W, 3]`` float32 in 0..1."""
+    batches = {name: _rgb(name, images) for name, images in inputs.items() if images is not None}
+    count = sum(len(images) for images in batches.values())
+    if count > limit:
+        where = " + ".join(f"{len(images)} in {name}" for name, images in batches.items())
+        raise InvalidInput(f"The model takes up to {limit} reference images, but {count} came ({where}). Remove some.")
+    return [image for images in batches.values() for image in images]
+
+
+def _rgb(name: str, images: Any) -> torch.Tensor:
+    """Core's IMAGE ``[B, H, W, 1, 3 or 4]`` → ``[B, H, W, 3]`` float32 in 0..1 on the CPU; alpha over white."""
+    import torch
+
+    is_image = isinstance(images, torch.Tensor) and images.ndim == 4 and images.numel() > 0
+    if not is_image or images.shape[3] not in (1, 3, 4):
+        raise InvalidInput(
+            f"{name} must be an IMAGE [batch, height, width, 1, 3 or 4 channels], but {_describe(images)} came."
+        )
+    images = images.to(device="cpu", dtype=torch.float32)
+    low, high = images.min().item(), images.max().item()
+    if not torch.isfinite(images).all():
+        raise NumericsError(f"{name} holds NaN or infinity. The node it comes from failed: run it again.")
+    if low < -_OVERSHOOT or high > 1 + _OVERSHOOT:
+        raise InvalidInput(f"{name} must have values in 0..1, but {low:g}..{high:g} came. Scale the picture first.")
+    images = images.clamp(0.0, 1.0)
+    if images.shape[3] == 4:
+        colour, alpha = images[..., :3], images[..., 3:]
+        return colour * alpha + (1 - alpha)
+    return images.expand(-1, -1, -1, 3)
+
+
+def _checked_samples(latent: Any, channels: int, ndim: int, expected: str, other: dict[int, str]) -> torch.Tensor:
     import torch
 
     samples = latent.get("samples") if isinstance(latent, dict) else None
     if not isinstance(samples, torch.Tensor):
-        raise InvalidInput('latents must be a LATENT with a tensor "samples". Connect the output of a video sampler.')
-    expected = f"latents must be video latents [batch, {channels}, frames, height/8, width/8]"
-    if samples.ndim == 4:
+        raise InvalidInput('latents must be a LATENT with a tensor "samples". Connect the output of a sampler.')
+    if samples.ndim in other:
         raise InvalidInput(
-            f"{expected}, but image latents {list(samples.shape)} came. Connect the output of a Wan 2.1 sampler; "
-            "latents of an image model need that model's own VAE node."
+            f"{expected}, but {other[samples.ndim]} latents {list(samples.shape)} came. Connect the output of this "
+            "pack's sampler; latents of another model need that model's own VAE node."
         )
-    if samples.ndim != 5 or samples.numel() == 0:
+    if samples.ndim != ndim or samples.numel() == 0:
         raise InvalidInput(f"{expected}, but {_describe(samples)} came.")
     if samples.shape[1] != channels:
         raise InvalidInput(
@@ -104,11 +205,20 @@ def from_video_latent(latent: Any, *, channels: int) -> torch.Tensor:
 
 def _refuse_unsupported_options(name: str, options: dict[str, Any]) -> None:
     for key, node in _UNSUPPORTED_CONDITIONING.items():
-        whole_range = {"start_percent": 0.0, "end_percent": 1.0}.get(key)
-        if options.get(key) is not None and options[key] != whole_range:
-            raise InvalidInput(f"{name} carries '{key}' from {node}, which the TPU samplers do not support. Remove it.")
+        if key not in options or options[key] in _WITHOUT_EFFECT.get(key, (None,)):
+            continue
+        raise InvalidInput(
+            f"{name} carries '{key}' from {node}, which the TPU samplers do not support. "
+            f"Remove it.{_INSTEAD.get(key, '')}"
+        )
 
 
 def _describe(value: Any) -> str:
     shape = getattr(value, "shape", None)
     return type(value).__name__ if shape is None else f"shape {list(shape)}"
+
+
+def _shown(values: list[float]) -> str:
+    """Numbers for a message, the middle of long lists left out."""
+    texts = [f"{value:.4g}" for value in values]
+    return ", ".join(texts if len(texts) <= 6 else [*texts[:3], "…", *texts[-2:]])

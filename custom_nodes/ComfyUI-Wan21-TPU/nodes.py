@@ -8,13 +8,14 @@ from comfy_api.latest import ComfyExtension, io
 from typing_extensions import override
 
 from comfyui_tpu.comfy.conversions import (
-    check_range,
+    check_ranges,
     from_conditioning,
     from_video_latent,
     to_conditioning,
     to_latent,
 )
 from comfyui_tpu.comfy.frontend import register_frontend
+from comfyui_tpu.comfy.inputs import SEED_RANGE, k_smooth_input, limits, model_id_input, seed_input, steps_input
 from comfyui_tpu.comfy.model_lookup import check_model_id, find_checkpoint
 from comfyui_tpu.comfy.reporter import NodeReporter, node_progress
 from comfyui_tpu.comfy.unload import install_unload_hook
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
     from comfyui_tpu.models.wan import WanTextToVideo
 
 CATEGORY = "TPU/Wan2.1"
+FAMILY = "Wan 2.1"
 MODEL_ID = "Wan-AI/Wan2.1-T2V-14B-Diffusers"
 LATENT_FORMAT = "Wan21"  # the class in core's comfy.latent_formats
 HEIGHT, WIDTH, NUM_FRAMES = 720, 1280, 81
@@ -33,15 +35,10 @@ HEIGHT, WIDTH, NUM_FRAMES = 720, 1280, 81
 RANGES = {
     "num_inference_steps": (1, 100),
     "guidance_scale": (0.0, 20.0),
-    "seed": (0, 0xFFFF_FFFF_FFFF_FFFF),
+    "seed": SEED_RANGE,
     "flow_shift": (1.0, 10.0),
     "fps": (1, 60),
 }
-
-
-def limits(name: str) -> dict[str, float]:
-    minimum, maximum = RANGES[name]
-    return {"min": minimum, "max": maximum}
 
 
 def prompt_inputs() -> list[io.Input]:
@@ -66,45 +63,24 @@ def sampling_inputs() -> list[io.Input]:
             step=4,
             tooltip="Length of the video in frames: 4n+1, such as 17, 33, 81 or 121. 81 are 5 seconds at 16 fps.",
         ),
-        io.Int.Input(
-            "num_inference_steps",
-            default=50,
-            **limits("num_inference_steps"),
-            tooltip="Denoising steps. More take longer and show finer detail.",
-        ),
+        steps_input(50, RANGES),
         io.Float.Input(
             "guidance_scale",
             default=5.0,
-            **limits("guidance_scale"),
+            **limits(RANGES, "guidance_scale"),
             step=0.1,
             tooltip="How strictly the video follows the prompt (classifier-free guidance). "
             "At 1.0 or below the negative prompt has no effect and a step takes half the time.",
         ),
-        io.Int.Input(
-            "seed",
-            default=2025,
-            **limits("seed"),
-            control_after_generate=True,
-            tooltip="Start of the random noise. The same seed and settings give the same video.",
-        ),
+        seed_input(2025, RANGES, makes="video"),
     ]
-
-
-def model_id_input() -> io.Input:
-    return io.String.Input(
-        "model_id",
-        default=MODEL_ID,
-        optional=True,
-        tooltip="A folder in ComfyUI/models/diffusers, or a Hugging Face repo id (downloaded on first use), "
-        "optionally with @revision. Use the same one in all Wan 2.1 nodes of a workflow.",
-    )
 
 
 def flow_shift_input() -> io.Input:
     return io.Float.Input(
         "flow_shift",
         default=5.0,
-        **limits("flow_shift"),
+        **limits(RANGES, "flow_shift"),
         step=0.5,
         optional=True,
         tooltip="Shift of the noise schedule: 5.0 for 720p, 3.0 for 480p.",
@@ -115,18 +91,9 @@ def fps_input() -> io.Input:
     return io.Int.Input(
         "fps",
         default=16,
-        **limits("fps"),
+        **limits(RANGES, "fps"),
         optional=True,
         tooltip="Frames per second, passed on to Create Video. Wan 2.1 was trained at 16.",
-    )
-
-
-def k_smooth_input() -> io.Input:
-    return io.Boolean.Input(
-        "k_smooth",
-        default=False,
-        optional=True,
-        tooltip="Subtract the mean key before attention. Exact in theory, kinder to low precision.",
     )
 
 
@@ -144,8 +111,7 @@ def check_sampling(height: int | None, width: int | None, num_frames: int | None
 
     sizes = ((height, HEIGHT), (width, WIDTH), (num_frames, NUM_FRAMES))
     check_video_size(*(default if value is None else value for value, default in sizes))
-    for name, value in values.items():
-        check_range(name, value, *RANGES[name])
+    check_ranges(RANGES, values)
 
 
 def check_constants(model_id: str | None, height=None, width=None, num_frames=None) -> bool:
@@ -185,7 +151,7 @@ class Wan21TextEncoder(io.ComfyNode):
             display_name="Wan 2.1 Text Encoder (TPU)",
             category=CATEGORY,
             description="Encodes the prompt and the negative prompt with Wan 2.1's text encoder (UMT5-XXL) on the TPU.",
-            inputs=[*prompt_inputs(), model_id_input()],
+            inputs=[*prompt_inputs(), model_id_input(MODEL_ID, FAMILY)],
             outputs=[
                 io.Conditioning.Output("prompt_embeds", display_name="prompt_embeds", tooltip="The encoded prompt."),
                 io.Conditioning.Output(
@@ -223,7 +189,7 @@ class Wan21TPUSampler(io.ComfyNode):
                     "negative_prompt_embeds", tooltip="The negative prompt, from Wan 2.1 Text Encoder (TPU)."
                 ),
                 *sampling_inputs(),
-                model_id_input(),
+                model_id_input(MODEL_ID, FAMILY),
                 flow_shift_input(),
                 k_smooth_input(),
             ],
@@ -271,7 +237,7 @@ class Wan21TPUVAEDecoder(io.ComfyNode):
             description="Decodes Wan 2.1 video latents to frames on the TPU.",
             inputs=[
                 io.Latent.Input("latents", tooltip="Video latents, from Wan 2.1 TPU Sampler or core's Wan 2.1 nodes."),
-                model_id_input(),
+                model_id_input(MODEL_ID, FAMILY),
                 fps_input(),
             ],
             outputs=video_outputs(),
@@ -283,7 +249,7 @@ class Wan21TPUVAEDecoder(io.ComfyNode):
 
     @classmethod
     def execute(cls, latents: dict, model_id: str = MODEL_ID, fps: int = 16) -> io.NodeOutput:
-        check_range("fps", fps, *RANGES["fps"])
+        check_ranges(RANGES, {"fps": fps})
         with node_progress() as reporter:
             frames = decode(open_model(model_id), latents)
             reporter.message(f"{frames.shape[0]} frames, {frames.shape[2]}×{frames.shape[1]}")
@@ -302,7 +268,7 @@ class Wan21TPUPipeline(io.ComfyNode):
             inputs=[
                 *prompt_inputs(),
                 *sampling_inputs(),
-                model_id_input(),
+                model_id_input(MODEL_ID, FAMILY),
                 fps_input(),
                 flow_shift_input(),
                 k_smooth_input(),

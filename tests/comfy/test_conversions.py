@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from comfyui_tpu.comfy.conversions import (
-    check_range,
+    check_ranges,
     from_conditioning,
     from_video_latent,
     to_conditioning,
@@ -95,4 +95,4 @@ def test_nan_in_latents_is_refused_on_both_sides():
 @pytest.mark.parametrize("value", [0.9, 10.1, float("nan"), float("inf")])
 def test_a_value_out_of_range_is_refused_with_both_bounds(value):
     with pytest.raises(InvalidInput, match=r"flow_shift must be between 1\.0 and 10\.0, but "):
-        check_range("flow_shift", value, 1.0, 10.0)
+        check_ranges({"flow_shift": (1.0, 10.0)}, {"flow_shift": value})
