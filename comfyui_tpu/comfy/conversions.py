@@ -139,7 +139,7 @@ def from_sigmas(sigmas: Any) -> list[float] | None:
             f"sigmas must end with 0 (a clean picture), but the last of {_shown(values)} is {values[-1]:g}. "
             "Connect the whole schedule, not the upper half of Split Sigmas."
         )
-    if abs(values[0] - 1) > 0.01:
+    if not 0.99 <= values[0] <= 1:
         raise InvalidInput(
             f"sigmas must begin with 1 (pure noise), but the first of {_shown(values)} is {values[0]:g}. Use a "
             "scheduler for flow models, such as Flux2Scheduler, and the whole of its schedule."
@@ -147,13 +147,27 @@ def from_sigmas(sigmas: Any) -> list[float] | None:
     return values
 
 
-def from_reference_images(inputs: Mapping[str, Any], limit: int) -> list[torch.Tensor]:
-    """Batches of core's IMAGE by input name (None: not connected) → pictures ``[H, W, 3]`` float32 in 0..1."""
+def from_reference_images(
+    inputs: Mapping[str, Any], *, limit: int, min_side: int, max_ratio: float
+) -> list[torch.Tensor]:
+    """Batches of core's IMAGE by input name (None: not connected) → pictures ``[H, W, 3]`` float32 in 0..1.
+
+    The model takes up to ``limit`` pictures, each with sides of at least ``min_side`` pixels, the long one up to
+    ``max_ratio`` times the short one.
+    """
     batches = {name: _rgb(name, images) for name, images in inputs.items() if images is not None}
     count = sum(len(images) for images in batches.values())
     if count > limit:
         where = " + ".join(f"{len(images)} in {name}" for name, images in batches.items())
         raise InvalidInput(f"The model takes up to {limit} reference images, but {count} came ({where}). Remove some.")
+    for name, images in batches.items():
+        height, width = images.shape[1:3]
+        short, long = sorted((height, width))
+        if short < min_side or long > max_ratio * short:
+            raise InvalidInput(
+                f"{name} must be at least {min_side} pixels wide and high, and at most {max_ratio} times as long as "
+                f"short, but {width}×{height} came. Scale or crop it."
+            )
     return [image for images in batches.values() for image in images]
 
 
