@@ -40,26 +40,38 @@ def download_checkpoint(repo_id: str, revision: str | None) -> Path:
     reporter.message(f"looking up {repo_id} on the Hugging Face Hub")
     with _explained_errors(repo_id, revision):
         info = HfApi().model_info(repo_id, revision=revision, timeout=TIMEOUT_S, files_metadata=True)
-        files = [file for file in info.siblings or () if _is_allowed(file.rfilename)]
-        if "model_index.json" not in (file.rfilename for file in files):
+        found = [file.rfilename for file in info.siblings or ()]
+        if "model_index.json" not in found:
             raise ModelNotFound(
                 f"The repo {repo_id} on the Hugging Face Hub is not in Diffusers layout: it has no model_index.json. "
                 "Use its Diffusers edition (the name often ends in -Diffusers)."
             )
+        index = hf_hub_download(repo_id, "model_index.json", revision=info.sha, etag_timeout=TIMEOUT_S)
+        files = [path for path in found if _is_needed(path, _components(Path(index)))]
         # File by file instead of one snapshot_download: the only way to stop between files and inside them.
-        for number, file in enumerate(files, start=1):
-            progress_bar = _progress_bar(reporter, f"downloading {number}/{len(files)} {file.rfilename}")
-            hf_hub_download(repo_id, file.rfilename, revision=info.sha, etag_timeout=TIMEOUT_S, tqdm_class=progress_bar)
+        for number, path in enumerate(files, start=1):
+            progress_bar = _progress_bar(reporter, f"downloading {number}/{len(files)} {path}")
+            hf_hub_download(repo_id, path, revision=info.sha, etag_timeout=TIMEOUT_S, tqdm_class=progress_bar)
             progress_bar.raise_if_cancelled()
             reporter.progress(f"downloading {repo_id}, files", number, len(files))
         # All files are there: this only writes down which commit the revision stands for.
-        return Path(
-            snapshot_download(repo_id, revision=revision, allow_patterns=list(ALLOWED_FILES), etag_timeout=TIMEOUT_S)
-        )
+        return Path(snapshot_download(repo_id, revision=revision, allow_patterns=files, etag_timeout=TIMEOUT_S))
 
 
-def _is_allowed(path: str) -> bool:
-    return any(fnmatch.fnmatch(path, pattern) for pattern in ALLOWED_FILES)
+def _is_needed(path: str, components: list[str]) -> bool:
+    """Whether a file belongs to the Diffusers checkpoint.
+
+    Repos often hold the same weights once more for other programs, at the top (FLUX.2-dev: 64 GB of them).
+    """
+    folder, _, name = path.rpartition("/")
+    allowed = any(fnmatch.fnmatch(name, pattern) for pattern in ALLOWED_FILES)
+    return path == "model_index.json" or (allowed and folder in components)
+
+
+def _components(model_index: Path) -> list[str]:
+    """Names (and folders) of the components that a ``model_index.json`` lists."""
+    index = json.loads(model_index.read_text(encoding="utf-8"))
+    return [name for name, value in index.items() if isinstance(value, list) and value[0] is not None]
 
 
 def _cached_snapshot(repo_id: str, revision: str | None) -> Path | None:
@@ -68,8 +80,9 @@ def _cached_snapshot(repo_id: str, revision: str | None) -> Path | None:
     from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
 
     try:
+        # One file that every checkpoint has names the folder; whether the others are there is ours to check.
         folder = snapshot_download(
-            repo_id, revision=revision, allow_patterns=list(ALLOWED_FILES), local_files_only=True
+            repo_id, revision=revision, allow_patterns=["model_index.json"], local_files_only=True
         )
     except LocalEntryNotFoundError:
         return None
@@ -82,19 +95,17 @@ def _is_complete(folder: Path) -> bool:
     """Whether an earlier download was not interrupted: every component is there, and every shard an index names."""
     try:
         model_index = json.loads((folder / "model_index.json").read_text(encoding="utf-8"))
-        for name, value in model_index.items():
-            if not isinstance(value, list) or value[0] is None:
-                continue
+        for name in _components(folder / "model_index.json"):
             files = {file.name for file in (folder / name).glob("*")}
             for index in (folder / name).glob("*.safetensors.index.json"):
                 weight_map = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
                 if not files.issuperset(weight_map.values()):
                     return False
             has_weights = any(file.endswith(".safetensors") for file in files)
-            is_plain = any(word in value[1] for word in ("Tokenizer", "Scheduler", "Processor"))
+            is_plain = any(word in model_index[name][1] for word in ("Tokenizer", "Scheduler", "Processor"))
             if not files or not (has_weights or is_plain):
                 return False
-    except (OSError, ValueError, KeyError):
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):  # also: JSON of another shape
         return False
     return True
 

@@ -33,10 +33,13 @@ FILES = {
     "tokenizer/spiece.model": b"sentencepiece",
     "tokenizer/vocab.txt": b"words",
     "README.md": b"readme",
+    "flux2-dev.safetensors": b"the same weights once more, for other programs",
+    "image_encoder/model.safetensors": b"a component that model_index.json does not list",
     "transformer/diffusion_pytorch_model.bin": b"a pickle",
     "modeling_evil.py": b"code",
 }
-ALLOWED = {name for name in FILES if not name.endswith((".md", ".bin", ".py"))}
+UNNEEDED = {"flux2-dev.safetensors", "image_encoder/model.safetensors"}
+ALLOWED = {name for name in FILES if not name.endswith((".md", ".bin", ".py"))} - UNNEEDED
 
 # One download in a process of its own: huggingface_hub reads its environment when it is imported.
 DRIVER = textwrap.dedent("""
