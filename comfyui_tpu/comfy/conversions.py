@@ -155,7 +155,7 @@ def from_reference_images(
     The model takes up to ``limit`` pictures, each with sides of at least ``min_side`` pixels, the long one up to
     ``max_ratio`` times the short one.
     """
-    batches = {name: _rgb(name, images) for name, images in inputs.items() if images is not None}
+    batches = {name: from_image(name, images) for name, images in inputs.items() if images is not None}
     count = sum(len(images) for images in batches.values())
     if count > limit:
         where = " + ".join(f"{len(images)} in {name}" for name, images in batches.items())
@@ -171,7 +171,7 @@ def from_reference_images(
     return [image for images in batches.values() for image in images]
 
 
-def _rgb(name: str, images: Any) -> torch.Tensor:
+def from_image(name: str, images: Any) -> torch.Tensor:
     """Core's IMAGE ``[B, H, W, 1, 3 or 4]`` → ``[B, H, W, 3]`` float32 in 0..1 on the CPU; alpha over white."""
     import torch
 
