@@ -18,13 +18,18 @@ def limits(ranges: Ranges, name: str) -> dict[str, float]:
     return {"min": minimum, "max": maximum}
 
 
+MODEL_ID_TOOLTIP = (
+    "A folder in ComfyUI/models/diffusers, or a Hugging Face repo id (downloaded on first use), "
+    "optionally with @revision."
+)
+
+
 def model_id_input(default: str, family: str) -> io.Input:
     return io.String.Input(
         "model_id",
         default=default,
         optional=True,
-        tooltip="A folder in ComfyUI/models/diffusers, or a Hugging Face repo id (downloaded on first use), "
-        f"optionally with @revision. Use the same one in all {family} nodes of a workflow.",
+        tooltip=f"{MODEL_ID_TOOLTIP} Use the same one in all {family} nodes of a workflow.",
     )
 
 

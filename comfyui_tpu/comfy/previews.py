@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     import torch
@@ -20,16 +20,41 @@ def latent_previewer(latent_format: str) -> Callable[[torch.Tensor], Preview | N
     ``latent_format`` is the name of a class in ``comfy.latent_formats``, for example ``"Wan21"``.
     """
     import comfy.latent_formats
-    import comfy.model_management
     import latent_preview
     import torch
 
-    Cancelled = comfy.model_management.InterruptProcessingException
+    return _guarded(
+        lambda: latent_preview.get_previewer(torch.device("cpu"), getattr(comfy.latent_formats, latent_format)())
+    )
+
+
+def rgb_previewer(
+    rgb_factors: Callable[[], tuple[torch.Tensor, torch.Tensor]],
+) -> Callable[[torch.Tensor], Preview | None]:
+    """The same for a family without a latent format in core.
+
+    ``rgb_factors()`` gives factors ``[channels, 3]`` and bias ``[3]``: latents times factors plus bias is RGB in -1..1.
+    """
+    import latent_preview
+    from comfy.cli_args import LatentPreviewMethod, args
+
+    def make() -> latent_preview.LatentPreviewer | None:
+        if args.preview_method == LatentPreviewMethod.NoPreviews:
+            return None
+        return latent_preview.Latent2RGBPreviewer(*(values.tolist() for values in rgb_factors()))
+
+    return _guarded(make)
+
+
+def _guarded(make: Callable[[], Any]) -> Callable[[torch.Tensor], Preview | None]:
+    """Previews by the core previewer that ``make`` returns; off, with a warning in the log, once something fails."""
+    from comfy.model_management import InterruptProcessingException as Cancelled
+
     previewer = None
     try:
-        previewer = latent_preview.get_previewer(torch.device("cpu"), getattr(comfy.latent_formats, latent_format)())
+        previewer = make()
     except Exception:
-        log.warning("Latent previews are off: core's previewer for %s could not be made", latent_format, exc_info=True)
+        log.warning("Latent previews are off: core's previewer could not be made", exc_info=True)
 
     def preview(latents: torch.Tensor) -> Preview | None:
         nonlocal previewer

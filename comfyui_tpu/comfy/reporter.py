@@ -46,6 +46,10 @@ class NodeReporter(Reporter):
         self._first_step: tuple[int, float] | None = None
         self._seconds_per_step: float | None = None
 
+    def preview_with(self, preview: Callable[[torch.Tensor], Preview | None]) -> None:
+        """For previewers that need the opened model: opening it reports already."""
+        self._preview = preview
+
     def check_cancelled(self) -> None:
         self._raise_if_cancelled()
 
@@ -76,10 +80,12 @@ class NodeReporter(Reporter):
             self._last_update = now
             self._show_text(self._step_text(info))
 
-    def sampled(self, num_inference_steps: int, plan: str) -> None:
-        """The line that stays on the sampler's node: speed and the plan the runtime chose."""
+    def sampled(self, num_inference_steps: int, plan: str) -> str:
+        """Shows and returns the line that stays on the sampler's node: speed and the plan the runtime chose."""
         speed = "" if self._seconds_per_step is None else f" · {self._seconds_per_step:.3g} s/step"
-        self.message(f"{num_inference_steps} steps{speed} · {plan}")
+        text = f"{num_inference_steps} steps{speed} · {plan}"
+        self.message(text)
+        return text
 
     def _is_due(self) -> bool:
         return self._clock() - self._last_update >= MIN_SECONDS_BETWEEN_UPDATES

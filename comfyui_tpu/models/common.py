@@ -48,8 +48,8 @@ class OpenedModel:
         raise NotImplementedError
 
     @classmethod
-    def open(cls, folder: Path) -> Self:
-        """The checkpoint in ``folder`` on all chips; the same object as long as its files do not change.
+    def open(cls, folder: Path, devices: tuple | None = None) -> Self:
+        """The checkpoint in ``folder``; the same object as long as its files and ``devices`` (None: all) do not change.
 
         The headers of all weight files are checked here, so that a missing or truncated shard of the last component
         is an error before the first one has run.
@@ -57,7 +57,7 @@ class OpenedModel:
         Raises:
             CheckpointError: it is not a complete checkpoint of this family in Diffusers layout.
         """
-        fresh = cls(folder)
+        fresh = cls(folder, devices)
         key = (cls, *(component.key for component in fresh.components))
         with OpenedModel._opened_lock:
             opened = OpenedModel._opened
