@@ -18,6 +18,7 @@ from pathlib import Path
 
 import av
 import websocket
+from PIL import Image, ImageDraw
 
 from .comfyui import link_packs, packs
 from .console import Console, SetupError, clean_environment, quoted, tail
@@ -61,6 +62,8 @@ def run(console: Console, comfyui: Path, base: Path, example: Path) -> Path:
         prompt = to_api_prompt(workflow, server.get("/object_info"))
         for name in model_ids(prompt):
             ensure_checkpoint(console, name, base / "models" / "diffusers" / name, base / "checkpoints.log")
+        for name in pictures(prompt):
+            ensure_picture(console, base / "input" / name)
         with console.step(f"execute {example.name}"):
             outputs = execute(console, server, prompt)
         saved = saved_videos(outputs, base / "output")
@@ -109,6 +112,26 @@ def ensure_checkpoint(console: Console, name: str, target: Path, log: Path) -> N
             raise SetupError(f"no checkpoint was made (exit status {status}):\n  {quoted(command)}\n{tail(log)}")
         unfinished.rename(target)
         mark.write_text(digest + "\n")
+
+
+def pictures(prompt: dict) -> list[str]:
+    """The files in ComfyUI's input folder that the prompt's Load Image nodes ask for."""
+    found = {n["inputs"].get("image") for n in prompt.values() if n["class_type"] == "LoadImage"}
+    return sorted(name for name in found if isinstance(name, str))
+
+
+def ensure_picture(console: Console, target: Path) -> None:
+    """Draw a small sunset over the sea: the demo's input folder is its own and begins empty."""
+    if target.is_file():
+        console.fresh(f"picture {target}")
+        return
+    with console.step(f"draw the picture {target}"):
+        dusk = Image.linear_gradient("L").resize((384, 256))
+        picture = Image.merge("RGB", (dusk, dusk.point(lambda v: v // 2 + 40), dusk.point(lambda v: 160 - v // 2)))
+        pen = ImageDraw.Draw(picture)
+        pen.ellipse((232, 88, 296, 152), fill=(255, 230, 150))
+        pen.rectangle((0, 176, 384, 256), fill=(20, 30, 70))
+        picture.save(target)
 
 
 def execute(console: Console, server: Server, prompt: dict) -> dict:
