@@ -44,6 +44,12 @@ def check_ranges(ranges: Ranges, values: Mapping[str, float]) -> None:
             raise InvalidInput(f"{name} must be between {minimum} and {maximum}, but {value} came.")
 
 
+def check_choice(name: str, value: Any, choices: tuple[str, ...]) -> None:
+    """Core checks choices only for values picked on a node, not for linked ones."""
+    if value not in choices:
+        raise InvalidInput(f"{name} must be one of {', '.join(choices)}, but {value!r} came.")
+
+
 def to_conditioning(embeds: torch.Tensor) -> list[list[Any]]:
     """``[1, tokens, width]`` → core's CONDITIONING."""
     return [[embeds, {}]]

@@ -1,4 +1,4 @@
-"""Inputs that the nodes of several packs have: one wording, one behaviour. For packs only: needs ComfyUI to import.
+"""Inputs and outputs that nodes of several packs have: one wording, one behaviour. For packs: needs ComfyUI to import.
 
 Each pack keeps one table of ranges that serves its widgets and, for linked values, ``conversions.check_ranges``.
 """
@@ -42,6 +42,17 @@ def steps_input(default: int, ranges: Ranges) -> io.Input:
     )
 
 
+def guidance_input(default: float, ranges: Ranges) -> io.Input:
+    return io.Float.Input(
+        "guidance_scale",
+        default=default,
+        **limits(ranges, "guidance_scale"),
+        step=0.1,
+        tooltip="How strictly the video follows the prompt (classifier-free guidance). "
+        "At 1.0 or below the negative prompt has no effect and a step takes half the time.",
+    )
+
+
 def seed_input(default: int, ranges: Ranges, makes: str) -> io.Input:
     """``makes``: what the node makes, such as ``"video"``."""
     return io.Int.Input(
@@ -60,3 +71,11 @@ def k_smooth_input() -> io.Input:
         optional=True,
         tooltip="Subtract the mean key before attention. Exact in theory, kinder to low precision.",
     )
+
+
+def video_outputs() -> list[io.Output]:
+    return [
+        io.Image.Output("frames", display_name="frames", tooltip="The video's frames. Connect them to Create Video."),
+        # Input and output ids of a node must differ; users see the display name.
+        io.Float.Output("fps_out", display_name="fps", tooltip="Frames per second. Connect it to Create Video's fps."),
+    ]

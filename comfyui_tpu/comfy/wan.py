@@ -10,8 +10,11 @@ from typing import TYPE_CHECKING
 
 from comfy_api.latest import io
 
-from comfyui_tpu.comfy.conversions import Ranges, check_ranges, from_conditioning, from_video_latent, to_conditioning
-from comfyui_tpu.comfy.inputs import limits
+from comfyui_tpu.comfy.conversions import check_ranges, from_conditioning, from_video_latent, to_conditioning
+
+# Re-exported: the Wan packs take all their inputs from here.
+from comfyui_tpu.comfy.inputs import guidance_input as guidance_input
+from comfyui_tpu.comfy.inputs import video_outputs as video_outputs
 from comfyui_tpu.comfy.model_lookup import check_model_id
 from comfyui_tpu.comfy.reporter import node_progress
 
@@ -50,17 +53,6 @@ def size_inputs() -> list[io.Input]:
     ]
 
 
-def guidance_input(default: float, ranges: Ranges) -> io.Input:
-    return io.Float.Input(
-        "guidance_scale",
-        default=default,
-        **limits(ranges, "guidance_scale"),
-        step=0.1,
-        tooltip="How strictly the video follows the prompt (classifier-free guidance). "
-        "At 1.0 or below the negative prompt has no effect and a step takes half the time.",
-    )
-
-
 def fps_input(family: str) -> io.Input:
     minimum, maximum = FPS_RANGE
     return io.Int.Input(
@@ -96,14 +88,6 @@ def sampler_outputs(family: str) -> list[io.Output]:
         io.Latent.Output("latents", display_name="latents", tooltip=f"Video latents for a {family} VAE decoder."),
         # Input and output ids of a node must differ; users see the display name.
         io.Int.Output("num_frames_out", display_name="num_frames", tooltip="Number of frames of the video."),
-    ]
-
-
-def video_outputs() -> list[io.Output]:
-    return [
-        io.Image.Output("frames", display_name="frames", tooltip="The video's frames. Connect them to Create Video."),
-        # Input and output ids of a node must differ; users see the display name.
-        io.Float.Output("fps_out", display_name="fps", tooltip="Frames per second. Connect it to Create Video's fps."),
     ]
 
 
