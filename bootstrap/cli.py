@@ -24,7 +24,7 @@ Install and run ComfyUI on TPU.
 
 commands:
   install   make the virtual environment, get ComfyUI, link the node packs (default; safe to repeat)
-  demo      install, then execute an example workflow on a tiny model; the last line is the video's path
+  demo      install, then execute an example workflow on a tiny model; the last line is the result's path
   test      install with the test tools, then run ruff and pytest (arguments after -- go to pytest)
   run       install, then start ComfyUI (arguments after -- go to ComfyUI)
   doctor    show what is right, what is wrong and how to mend it; changes nothing

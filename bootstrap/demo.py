@@ -28,7 +28,8 @@ from .workflow import WorkflowError, to_api_prompt
 
 RUN_SECONDS = 420.0
 VIDEO_SUFFIXES = (".mp4", ".webm", ".mkv", ".mov")
-# Inputs that say how many frames a node makes, in our packs and in core.
+PICTURE_SUFFIXES = (".png",)
+# Inputs that say how many frames or pictures a node makes, in our packs and in core.
 FRAME_INPUTS = ("num_frames", "length", "batch_size")
 
 
@@ -41,14 +42,14 @@ def main(arguments: list[str]) -> int:
     # A server must not outlive its demo: let `with` run its exits on SIGTERM too.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     try:
-        video = run(Console(), options.comfyui, options.base, options.example)
+        made = run(Console(), options.comfyui, options.base, options.example)
     except (SetupError, WorkflowError) as error:
         print(f"\nerror: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         print("\nstopped", file=sys.stderr)
         return 130
-    print(video)
+    print(made)
     return 0
 
 
@@ -65,15 +66,26 @@ def run(console: Console, comfyui: Path, base: Path, example: Path) -> Path:
         for name in pictures(prompt):
             ensure_picture(console, base / "input" / name)
         with console.step(f"execute {example.name}"):
-            outputs = execute(console, server, prompt)
-        saved = saved_videos(outputs, base / "output")
-        if not saved:
-            raise SetupError(f"{example.name} ran, but saved no video; its outputs: {json.dumps(outputs)[:1000]}")
-        node_id, video = saved[-1]
+            outputs = execute(console, server, prompt, workflow)
+        return judge(console, prompt, outputs, base / "output")
+
+
+def judge(console: Console, prompt: dict, outputs: dict, folder: Path) -> Path:
+    """The video the prompt saved, or else its (last) picture, if it is what the workflow asked for."""
+    videos, images = (saved_files(outputs, folder, suffixes) for suffixes in (VIDEO_SUFFIXES, PICTURE_SUFFIXES))
+    if videos:
+        node_id, video = videos[-1]
         found = measure(video)
         compare(found, asked_for(prompt, node_id), video)
         console.say("= {} frames of {} x {}, {:.0f} fps: as the workflow asked".format(*found))
-    return video
+        return video
+    if images:
+        node_id, picture = images[-1]
+        found = measure_pictures([path for node, path in images if node == node_id])
+        compare(found, asked_for(prompt, node_id), picture, "pictures")
+        console.say("= {} picture(s) of {} x {}: as the workflow asked".format(*found))
+        return picture
+    raise SetupError(f"the example ran, but saved no video or picture; its outputs: {json.dumps(outputs)[:1000]}")
 
 
 def model_ids(prompt: dict) -> list[str]:
@@ -134,15 +146,19 @@ def ensure_picture(console: Console, target: Path) -> None:
         picture.save(target)
 
 
-def execute(console: Console, server: Server, prompt: dict) -> dict:
-    """Queue the prompt, report its progress as it arrives over the WebSocket, and give back its outputs."""
+def execute(console: Console, server: Server, prompt: dict, workflow: dict) -> dict:
+    """Queue the prompt, report its progress as it arrives over the WebSocket, and give back its outputs.
+
+    The workflow goes along as from a browser, so that it can be opened from what is saved.
+    """
     client = uuid.uuid4().hex
     socket_url = f"ws://{LOOPBACK}:{server.port}/ws?clientId={client}"
     progress = Progress(console, {key: node["_meta"]["title"] for key, node in prompt.items()})
     connection = websocket.create_connection(socket_url, timeout=2.0)
     try:
         # The graph of an example has one list of node errors and no partial results: anything refused is a failure.
-        prompt_id = server.post("/prompt", {"prompt": prompt, "client_id": client})["prompt_id"]
+        body = {"prompt": prompt, "client_id": client, "extra_data": {"extra_pnginfo": {"workflow": workflow}}}
+        prompt_id = server.post("/prompt", body)["prompt_id"]
         deadline = time.monotonic() + RUN_SECONDS
         while time.monotonic() < deadline:
             server.check_alive()
@@ -208,13 +224,15 @@ class Progress:
         self.console.note(f"{now - self.began:6.1f} s  {text}")
 
 
-def saved_videos(outputs: dict, folder: Path) -> list[tuple[str, Path]]:
-    """(node id, file) of every video the prompt's nodes saved."""
+def saved_files(outputs: dict, folder: Path, suffixes: tuple[str, ...]) -> list[tuple[str, Path]]:
+    """(node id, file) of everything the prompt's nodes saved under such names; previews are not saved."""
     found = []
     for node_id, output in outputs.items():
         for entries in output.values():
             for entry in entries if isinstance(entries, list) else []:
-                if isinstance(entry, dict) and str(entry.get("filename", "")).endswith(VIDEO_SUFFIXES):
+                if not isinstance(entry, dict) or entry.get("type") == "temp":
+                    continue
+                if str(entry.get("filename", "")).endswith(suffixes):
                     found.append((node_id, folder / entry.get("subfolder", "") / entry["filename"]))
     return found
 
@@ -225,6 +243,18 @@ def measure(video: Path) -> tuple[int, int, int, float]:
         stream = container.streams.video[0]
         frames = sum(1 for _ in container.decode(stream))
         return frames, stream.width, stream.height, float(stream.average_rate or 0)
+
+
+def measure_pictures(files: list[Path]) -> tuple[int, int, int]:
+    """(pictures, width, height), read by decoding all of them; they must have one size."""
+    sizes = set()
+    for file in files:
+        with Image.open(file) as picture:
+            picture.load()
+            sizes.add(picture.size)
+    if len(sizes) != 1:
+        raise SetupError(f"expected pictures of one size, got {sorted(sizes)} in {files[0].parent}")
+    return len(files), *sizes.pop()
 
 
 def asked_for(prompt: dict, node_id: str) -> tuple[int, int, int]:
@@ -243,11 +273,11 @@ def asked_for(prompt: dict, node_id: str) -> tuple[int, int, int]:
     raise SetupError(f"no node before node {node_id} says how many frames of what size it makes")
 
 
-def compare(found: tuple, asked: tuple[int, int, int], video: Path) -> None:
+def compare(found: tuple, asked: tuple[int, int, int], file: Path, what: str = "frames") -> None:
     if found[:3] != asked:
         raise SetupError(
-            "expected {} frames of {} x {} as the workflow says, got {} frames of {} x {} in {}".format(
-                *asked, *found[:3], video
+            "expected {} {what} of {} x {} as the workflow says, got {} {what} of {} x {} in {}".format(
+                *asked, *found[:3], file, what=what
             )
         )
 

@@ -1,4 +1,4 @@
-"""The demo's own judgement: is this the video the workflow asked for?"""
+"""The demo's own judgement: is this the video, or the picture, the workflow asked for?"""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from pathlib import Path
 import av
 import numpy as np
 import pytest
+from PIL import Image
 
 from bootstrap import demo, server
 from bootstrap.console import SetupError
@@ -61,7 +62,51 @@ def test_only_videos_count_as_saved(tmp_path):
         "4": {"text": ["done"], "images": [{"filename": "a.png", "subfolder": "", "type": "temp"}]},
         "6": {"images": [{"filename": "wan_00001_.mp4", "subfolder": "video", "type": "output"}], "animated": [True]},
     }
-    assert demo.saved_videos(outputs, tmp_path) == [("6", tmp_path / "video" / "wan_00001_.mp4")]
+    assert demo.saved_files(outputs, tmp_path, demo.VIDEO_SUFFIXES) == [("6", tmp_path / "video" / "wan_00001_.mp4")]
+    assert demo.saved_files(outputs, tmp_path, demo.PICTURE_SUFFIXES) == []
+
+
+IMAGE_PROMPT = {
+    "3": {"inputs": {"prompt_embeds": ["2", 0], "height": 48, "width": 64, "batch_size": 2}},
+    "4": {"inputs": {"latents": ["3", 0], "height": 48, "width": 64}},
+    "5": {"inputs": {"images": ["4", 0]}},
+}
+
+
+def save_pictures(folder: Path, *sizes: tuple[int, int]) -> dict:
+    """PNGs, and the outputs of a Save Image node that wrote them."""
+    (folder / "flux2").mkdir(exist_ok=True)
+    entries = []
+    for number, size in enumerate(sizes):
+        Image.new("RGB", size).save(folder / "flux2" / f"{number}.png")
+        entries.append({"filename": f"{number}.png", "subfolder": "flux2", "type": "output"})
+    return {"5": {"images": entries}}
+
+
+def test_an_image_demo_ends_with_its_picture(tmp_path, console):
+    outputs = save_pictures(tmp_path, (64, 48), (64, 48))
+    assert demo.judge(console, IMAGE_PROMPT, outputs, tmp_path) == tmp_path / "flux2" / "1.png"
+
+
+def test_a_video_counts_before_the_pictures_saved_beside_it(tmp_path, console):
+    write_video(tmp_path / "a.mp4", 17, 64, 48)
+    video = {"6": {"images": [{"filename": "a.mp4", "subfolder": "", "type": "output"}]}}
+    outputs = {**video, **save_pictures(tmp_path, (64, 48))}
+    assert demo.judge(console, PROMPT, outputs, tmp_path) == tmp_path / "a.mp4"
+
+
+@pytest.mark.parametrize(
+    ("sizes", "message"),
+    [
+        (((64, 48),), "expected 2 pictures of 64 x 48 as the workflow says, got 1 pictures of 64 x 48"),
+        (((48, 64), (48, 64)), "got 2 pictures of 48 x 64"),
+        (((64, 48), (64, 32)), "expected pictures of one size"),
+        ((), "saved no video or picture"),
+    ],
+)
+def test_wrong_pictures_fail(tmp_path, console, sizes, message):
+    with pytest.raises(SetupError, match=message):
+        demo.judge(console, IMAGE_PROMPT, save_pictures(tmp_path, *sizes), tmp_path)
 
 
 def test_a_real_models_workflow_is_no_demo():
