@@ -33,7 +33,8 @@ def attention(
         query: ``[B, H, Sq, D]``.
         key: ``[B, H, Sk, D]``.
         value: ``[B, H, Sk, Dv]``.
-        mask: broadcastable to ``[B, H, Sq, Sk]``; boolean (True = attend) or additive.
+        mask: broadcastable to ``[B, H, Sq, Sk]``; boolean (True = attend; a row without any gives zeros) or
+            additive.
         scale: factor on the logits; ``1/sqrt(D)`` when None.
         smooth_keys: subtract the mean key first. Every logit of a row moves by the same amount, which a softmax
             ignores, so the result is the same in exact arithmetic and kinder to low precision.
@@ -75,11 +76,13 @@ def _query_block(query_shape: tuple[int, ...], keys: int, shards: int, budget: i
 def _attend(query, key, value, mask, scale):
     logits = jnp.einsum("bhqd,bhkd->bhqk", query, key, preferred_element_type=jnp.float32) * scale
     if mask is not None:
-        # A finite lowest value, not -inf: a fully masked row then gives an average instead of NaN, as in torch's
-        # additive masks.
+        # A finite lowest value, not -inf: a row that is masked whole then has no NaN.
         lowest = jnp.finfo(jnp.float32).min
         logits = jnp.where(mask, logits, lowest) if mask.dtype == jnp.bool_ else logits + mask
     weights = jax.nn.softmax(logits, axis=-1)
+    if mask is not None and mask.dtype == jnp.bool_:
+        # As in torch: a row that may attend to nothing (the padding before a prompt) gives zeros, not an average.
+        weights = jnp.where(mask, weights, 0)
     out = jnp.einsum("bhqk,bhkd->bhqd", weights.astype(value.dtype), value, preferred_element_type=jnp.float32)
     return out.astype(query.dtype)
 

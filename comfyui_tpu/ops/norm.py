@@ -22,6 +22,18 @@ def layer_norm(x: jax.Array, axes: int, weight: jax.Array | None, bias: jax.Arra
     return _affine(out, weight, bias).astype(x.dtype)
 
 
+def group_norm(x: jax.Array, groups: int, weight: jax.Array | None, bias: jax.Array | None, eps: float) -> jax.Array:
+    """Each of ``groups`` groups of channels of ``x`` ``[B, C, *space]`` normalised over itself and all of space."""
+    channels, space = x.shape[1], (1,) * (x.ndim - 2)
+    # Space keeps its axes, so that a picture spread over chips by rows and columns stays so.
+    wide = x.astype(jnp.float32).reshape(x.shape[0], groups, channels // groups, *x.shape[2:])
+    over = tuple(range(2, wide.ndim))
+    centred = wide - jnp.mean(wide, axis=over, keepdims=True)
+    out = centred * jax.lax.rsqrt(jnp.mean(jnp.square(centred), axis=over, keepdims=True) + eps)
+    weight, bias = (None if t is None else t.reshape(1, channels, *space) for t in (weight, bias))
+    return _affine(out.reshape(x.shape), weight, bias).astype(x.dtype)
+
+
 def rms_norm(x: jax.Array, axes: int, weight: jax.Array | None, eps: float | None) -> jax.Array:
     """``x / sqrt(mean(x²) + eps) · weight`` over the last ``axes`` axes; ``eps`` defaults to the dtype's epsilon."""
     over = tuple(range(-axes, 0))

@@ -86,8 +86,9 @@ def trace(
         named = {f"module.{name}": env.j2t_iso(array) for name, array in params.items()}
         torch_args, torch_kwargs = env.j2t_iso((args, kwargs))
         with env, warnings.catch_warnings():
-            # torch's 64-bit integers (positions, indices) become JAX's 32-bit ones; all of them fit.
-            warnings.filterwarnings("ignore", message="Explicitly requested dtype int64")
+            # torch's 64-bit integers (positions, indices) become JAX's 32-bit ones; all of them fit. 64-bit floats are
+            # asked for in rotary tables, whose angles float32 holds well within the numerics contract.
+            warnings.filterwarnings("ignore", message="Explicitly requested dtype (int|float)64")
             out = torch.func.functional_call(wrapped, named, torch_args, torch_kwargs)
     return env.t2j_iso(out)
 
@@ -126,6 +127,7 @@ def environment():
     functional = torch.nn.functional
     for function, replacement in (
         (functional.scaled_dot_product_attention, _scaled_dot_product_attention),
+        (functional.group_norm, _group_norm),
         (functional.layer_norm, _layer_norm),
         (functional.rms_norm, _rms_norm),
     ):
@@ -166,6 +168,12 @@ def _sharded_attention(context: TraceContext, q, k, v, mask, scale):
     q, k, v = (context.constrain(x, None, axes, None, None) for x in (q, k, v))
     out = context.constrain(attention_ops.attention(q, k, v, **options), None, axes, None, None)
     return context.constrain(out[:, :heads], None, None, axes, None)
+
+
+def _group_norm(input, num_groups, weight=None, bias=None, eps=1e-5):
+    env = environment()
+    x, w, b = env.t2j_iso((input, weight, bias))
+    return env.j2t_iso(norm_ops.group_norm(x, num_groups, w, b, eps))
 
 
 def _layer_norm(input, normalized_shape, weight=None, bias=None, eps=1e-5):

@@ -39,10 +39,11 @@ class ComponentSpec:
         build: config → torch module; called where weights are not allocated.
         methods: name → function of the module (and its inputs by keyword) that is compiled as one program.
         default_plan: number of chips → plan.
-        stacked: dotted paths of the block lists that run as one scan.
+        stacked: the block lists that run as one scan: dotted paths, or scans with the names of what they carry.
         keep_float32: parts of dotted names whose weights stay float32 when the rest is bfloat16.
         always_float32: the whole component computes in float32 on every device.
         unused: patterns of checkpoint tensors that the module does not need.
+        prefixes: what may stand before the module's own names in the checkpoint, where it is a part of what is stored.
         config_class: expected ``_class_name`` or ``architectures`` entry of config.json.
     """
 
@@ -51,10 +52,11 @@ class ComponentSpec:
     methods: Mapping[str, Callable[..., Any]]
     default_plan: Callable[[int], Plan]
     config_class: str
-    stacked: tuple[str, ...] = ()
+    stacked: tuple[str | skeleton.Scan, ...] = ()
     keep_float32: tuple[str, ...] = ()
     always_float32: bool = False
     unused: tuple[str, ...] = ()
+    prefixes: tuple[str, ...] = ("",)
 
 
 @dataclass(frozen=True)
@@ -259,7 +261,7 @@ class DeviceModule:
                 shape=shapes[name].shape,
                 dtype=shapes[name].dtype,
                 sharding=shapes[name].sharding,
-                sources=tuple(_stored_name(checkpoint, names) for names in weight.sources),
+                sources=tuple(_stored_name(checkpoint, names, self.spec.prefixes) for names in weight.sources),
                 stacked=weight.stacked,
             )
             for name, weight in self.skeleton.weights.items()
@@ -273,13 +275,15 @@ class DeviceModule:
     def _unused_names(self, targets: Mapping[str, loader.Target]) -> list:
         """Patterns of tensors that may stay unread: the spec's, and the other names of tied weights."""
         used = {name for target in targets.values() for name in target.sources}
-        aliases = {a for w in self.skeleton.weights.values() for names in w.sources for a in names} - used
+        names = {a for w in self.skeleton.weights.values() for names in w.sources for a in names}
+        aliases = {prefix + name for name in names for prefix in self.spec.prefixes} - used
         return [re.compile(p) for p in self.spec.unused] + [re.compile(f"^{re.escape(a)}$") for a in sorted(aliases)]
 
 
-def _stored_name(checkpoint: Checkpoint, names: tuple[str, ...]) -> str:
-    """Under which of a tied weight's names the checkpoint stores it (the first when it stores none)."""
-    return next((name for name in names if name in checkpoint.tensors), names[0])
+def _stored_name(checkpoint: Checkpoint, names: tuple[str, ...], prefixes: tuple[str, ...]) -> str:
+    """Under which prefix and which of a tied weight's names the checkpoint stores it (the first if under none)."""
+    possible = [prefix + name for prefix in prefixes for name in names]
+    return next((name for name in possible if name in checkpoint.tensors), possible[0])
 
 
 def _check_class(spec: ComponentSpec, folder: Path, config: dict) -> None:

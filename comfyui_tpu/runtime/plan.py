@@ -40,7 +40,7 @@ class Plan:
             ``"replicated"``: no constraint on attention.
         min_sharded_elements: smaller parameters are replicated under :data:`LARGEST_AXIS`: gathering them would cost a
             collective's latency to save under 128 KiB a chip.
-        shard_space: height and width of ``[B, C, T, H, W]`` activations are spread over the mesh axes.
+        shard_space: height and width of ``[B, C, H, W]`` and ``[B, C, T, H, W]`` activations are spread over the axes.
     """
 
     name: str
@@ -91,14 +91,16 @@ class Plan:
                 )
 
     def activation_spec(self, shape: Sequence[int]) -> PartitionSpec:
-        """The placement of a program's input or output of ``shape``: spatial for ``[B, C, T, H, W]``, else replicated.
+        """The placement of a program's input or output of ``shape``: spatial for pictures, else replicated.
+
+        Pictures are ``[B, C, H, W]`` and ``[B, C, T, H, W]``.
 
         Mesh axes go to the height as long as they divide it, the rest to the width; axes that divide neither
         replicate. So 60 × 106 latents on 2 × 2 × 2 chips are split 4 × 2.
         """
-        if not self.shard_space or len(shape) != 5:
+        if not self.shard_space or len(shape) not in (4, 5):
             return PartitionSpec()
-        height, width = shape[3], shape[4]
+        height, width = shape[-2:]
         rows: list[str] = []
         columns: list[str] = []
         for axis, size in self.axes:
@@ -108,7 +110,8 @@ class Plan:
             elif width % size == 0:
                 columns.append(axis)
                 width //= size
-        return PartitionSpec(None, None, None, tuple(rows) or None, tuple(columns) or None)
+        leading = [None] * (len(shape) - 2)
+        return PartitionSpec(*leading, tuple(rows) or None, tuple(columns) or None)
 
 
 def spread(chips: int) -> Plan:
@@ -124,7 +127,7 @@ def spread(chips: int) -> Plan:
 
 
 def spatial(chips: int) -> Plan:
-    """The default plan of video autoencoders: replicated weights, height and width over the chips.
+    """The default plan of autoencoders: replicated weights, height and width over the chips.
 
     The mesh is the prime factors of ``chips``, so that each factor can go to whichever of height and width it divides.
     """

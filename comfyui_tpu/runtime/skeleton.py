@@ -6,8 +6,10 @@ are the exception: no checkpoint holds them, their values come from the construc
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+import contextlib
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch.overrides import TorchFunctionMode
@@ -52,39 +54,80 @@ class _EmptyOnMeta(TorchFunctionMode):
         return func(*args, **kwargs)
 
 
+@dataclass(frozen=True)
+class Scan:
+    """A list of equal blocks that runs as one scan.
+
+    Attributes:
+        path: dotted path of the ``ModuleList``.
+        carry: names of the arguments that each block hands to the next, in the order in which it returns them, where
+            the module passes them by name. Empty: the first positional argument, which the block returns alone.
+    """
+
+    path: str
+    carry: tuple[str, ...] = ()
+
+
 class ScannedBlocks(torch.nn.Module):
     """Equal blocks as one ``jax.lax.scan`` over weights stacked along a leading layer axis.
 
-    It takes the place of the list's members, so a stock ``for block in self.blocks`` runs it once. The first argument
-    is the activation handed from block to block; all others are the same for every block.
+    It takes the place of the list's members, so a stock ``for block in self.blocks`` runs it once. The arguments in
+    ``carry`` are the activations handed from block to block; all others are the same for every block.
     """
 
-    def __init__(self, block: torch.nn.Module):
+    def __init__(self, block: torch.nn.Module, carry: tuple[str, ...] = ()):
         super().__init__()
         self.block = block
+        self.carry = carry
+        self._recorded: list | None = None
 
-    def forward(self, hidden_states, *args, **kwargs):
+    @contextlib.contextmanager
+    def recording(self) -> Iterator[list]:
+        """Collects, for each call inside, what every block returned: activations with a leading layer axis."""
+        self._recorded = recorded = []
+        try:
+            yield recorded
+        finally:
+            self._recorded = None
+
+    def forward(self, *args, **kwargs):
         import jax
 
         env, context = bridge.environment(), bridge.current_trace()
         # Inside the outer functional_call these are the stacked arrays; the block's own names stay free of the prefix.
         stacked = env.t2j_iso({**dict(self.block.named_parameters()), **dict(self.block.named_buffers())})
+        record = self._recorded is not None
+        carried, call = self._split(args, kwargs)
+        spread = lambda x: jax.tree.map(context.tokens, env.t2j_iso(x))  # noqa: E731
 
         def layer(carry, weights):
             weights = env.j2t_iso({name: context.gathered(w) for name, w in weights.items()})
-            out = torch.func.functional_call(self.block, weights, (env.j2t_iso(carry), *args), kwargs)
-            return context.tokens(env.t2j_iso(out)), None
+            call_args, call_kwargs = call(env.j2t_iso(carry))
+            out = spread(torch.func.functional_call(self.block, weights, call_args, call_kwargs))
+            return out, out if record else None
 
-        out, _ = jax.lax.scan(layer, context.tokens(env.t2j_iso(hidden_states)), stacked)
+        out, each = jax.lax.scan(layer, spread(carried), stacked)
+        if record:
+            self._recorded.append(env.j2t_iso(each))
         return env.j2t_iso(out)
 
+    def _split(self, args: tuple, kwargs: dict) -> tuple[Any, Callable[[Any], tuple[tuple, dict]]]:
+        """The activations to carry, and how a block is called with their successors."""
+        if not self.carry:
+            return args[0], lambda carry: ((carry, *args[1:]), kwargs)
+        if len(self.carry) == 1:
+            (name,) = self.carry
+            return kwargs[name], lambda carry: (args, {**kwargs, name: carry})
+        values = tuple(kwargs[name] for name in self.carry)
+        return values, lambda carry: (args, {**kwargs, **dict(zip(self.carry, carry, strict=True))})
 
-def build(construct: Callable[[], torch.nn.Module], stacked: Iterable[str] = ()) -> Skeleton:
+
+def build(construct: Callable[[], torch.nn.Module], stacked: Iterable[str | Scan] = ()) -> Skeleton:
     """Construct a module without allocating its weights.
 
     Args:
         construct: makes the module, for example ``lambda: WanTransformer3DModel.from_config(config)``.
-        stacked: dotted paths of the ``ModuleList``s whose equal members are to run as one scan.
+        stacked: the ``ModuleList``s whose equal members are to run as one scan: a :class:`Scan`, or its path.
 
     Raises:
         PlanError: the members of a list in ``stacked`` differ.
@@ -96,7 +139,8 @@ def build(construct: Callable[[], torch.nn.Module], stacked: Iterable[str] = ())
     persistent = set(module.state_dict(keep_vars=True))
     names = _names_by_tensor(module, persistent)
     _to_meta(module, persistent)
-    layers = {path: _stack(module, path) for path in stacked}
+    scans = [entry if isinstance(entry, Scan) else Scan(entry) for entry in stacked]
+    layers = {scan.path: _stack(module, scan) for scan in scans}
     return Skeleton(module, _weights(module, persistent, layers, names), _computed(module, persistent, layers))
 
 
@@ -124,16 +168,16 @@ def _to_meta(module: torch.nn.Module, persistent: set[str]) -> None:
                 table[key] = moved[id(tensor)]
 
 
-def _stack(module: torch.nn.Module, path: str) -> int:
-    """Replace the list at ``path`` by one scanning member; returns how many blocks it had."""
-    blocks = module.get_submodule(path)
+def _stack(module: torch.nn.Module, scan: Scan) -> int:
+    """Replace the list at ``scan.path`` by one scanning member; returns how many blocks it had."""
+    path, blocks = scan.path, module.get_submodule(scan.path)
     first, *others = ({n: (t.shape, t.dtype) for n, t in b.state_dict().items()} for b in blocks)
     for index, other in enumerate(others, start=1):
         if other != first:
             raise PlanError(f"{path}.{index} differs from {path}.0 in its weights; these blocks cannot be scanned.")
     count = len(blocks)
     parent, _, leaf = path.rpartition(".")
-    setattr(module.get_submodule(parent), leaf, torch.nn.ModuleList([ScannedBlocks(blocks[0])]))
+    setattr(module.get_submodule(parent), leaf, torch.nn.ModuleList([ScannedBlocks(blocks[0], scan.carry)]))
     return count
 
 

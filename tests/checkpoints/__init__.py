@@ -11,6 +11,7 @@ from pathlib import Path
 
 # Modules are named, not imported: asking for one family must not pay for importing the others.
 WRITERS = {
+    "flux2-tiny": "tests.checkpoints.flux2",
     "wan21-tiny": "tests.checkpoints.wan21",
     "wan22-i2v-tiny": "tests.checkpoints.wan22",
 }

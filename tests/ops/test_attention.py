@@ -41,6 +41,17 @@ def test_masks_of_every_broadcast_shape(shape, additive, budget):
     np.testing.assert_allclose(ours, reference(q, k, v, mask), atol=2e-6)
 
 
+@pytest.mark.parametrize("budget", [WHOLE, BLOCKS], ids=["whole", "blocks"])
+def test_a_row_that_may_attend_to_nothing_gives_zeros_as_in_torch(budget):
+    q, k, v = problem()
+    allowed = np.tril(np.ones((37, 53), bool), 16)
+    allowed[:, :20] = False  # padding in front: the first rows see nothing
+    assert not allowed[3].any()
+    ours = attention(q, k, v, mask=jnp.asarray(allowed[None, None]), logits_budget=budget)
+    np.testing.assert_allclose(ours, reference(q, k, v, allowed[None, None]), atol=2e-6)
+    assert not np.asarray(ours)[:, :, :4].any()
+
+
 def test_a_given_scale_replaces_the_default():
     q, k, v = problem()
     np.testing.assert_allclose(attention(q, k, v, scale=1.0), reference(q, k, v, scale=1.0), atol=2e-6)

@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 import torch
 
-from comfyui_tpu.ops.norm import layer_norm, rms_norm
+from comfyui_tpu.ops.norm import group_norm, layer_norm, rms_norm
 
 
 @pytest.fixture
@@ -27,6 +27,17 @@ def test_layer_norm_over_two_axes(values):
     np.testing.assert_allclose(layer_norm(jnp.asarray(values), 2, None, None, 1e-5), torch_result, atol=1e-5)
 
 
+@pytest.mark.parametrize("shape", [(2, 12, 9, 5), (2, 12, 3, 4, 5), (3, 12)], ids=str)
+@pytest.mark.parametrize("affine", [True, False])
+def test_group_norm_agrees_with_torch(shape, affine):
+    values = np.random.default_rng(2).standard_normal(shape).astype(np.float32) * 3 + 5
+    weight, bias = (np.linspace(*ends, 12, dtype=np.float32) if affine else None for ends in ((0.5, 2), (-1, 1)))
+    given = [None if t is None else torch.from_numpy(t) for t in (weight, bias)]
+    torch_result = torch.nn.functional.group_norm(torch.from_numpy(values), 4, *given, 1e-6)
+    ours = group_norm(jnp.asarray(values), 4, *(None if t is None else jnp.asarray(t) for t in (weight, bias)), 1e-6)
+    np.testing.assert_allclose(ours, torch_result, atol=2e-5 * float(torch_result.abs().max()))
+
+
 def test_rms_norm_agrees_with_torch(values):
     weight = values[0, 0]
     torch_result = torch.nn.functional.rms_norm(torch.from_numpy(values), (512,), torch.from_numpy(weight), 1e-6)
@@ -39,6 +50,10 @@ def test_bfloat16_statistics_are_float32():
     x = jnp.full((1, 65536), 3.0, jnp.bfloat16)
     assert rms_norm(x, 1, None, 0.0).dtype == jnp.bfloat16
     np.testing.assert_allclose(np.asarray(rms_norm(x, 1, None, 0.0), np.float32), 1.0, atol=1e-2)
+    y = jnp.tile(jnp.asarray([2.0, 4.0], jnp.bfloat16), 32768).reshape(1, 2, 256, 128)
+    normalised = group_norm(y, 1, None, None, 0.0)
+    assert normalised.dtype == jnp.bfloat16
+    np.testing.assert_allclose(np.abs(np.asarray(normalised, np.float32)), 1.0, atol=1e-2)
 
 
 def test_a_large_offset_does_not_cancel_the_variance():

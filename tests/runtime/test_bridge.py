@@ -127,3 +127,76 @@ def test_values_cross_and_come_back(dtype):
 def test_64_bit_values_become_32_bit():
     assert bridge.to_numpy(torch.tensor([3, -1])).dtype == np.int32
     assert bridge.to_numpy(torch.tensor([0.5], dtype=torch.float64)).dtype == np.float32
+
+
+class TwoStreams(torch.nn.Module):
+    """Blocks that are called by name and return two activations in another order than they take them."""
+
+    def __init__(self, layers=3):
+        super().__init__()
+        self.pairs = torch.nn.ModuleList(TwoStreamBlock() for _ in range(layers))
+        self.singles = torch.nn.ModuleList(OneStreamBlock() for _ in range(layers))
+
+    def forward(self, image, text, shift):
+        for block in self.pairs:
+            text, image = block(image=image, text=text, shift=shift)
+        for block in self.singles:
+            image = block(image=image, text=None, shift=shift)
+        return image + text.mean(1, keepdim=True)
+
+
+class TwoStreamBlock(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.image_to_text = torch.nn.Linear(48, 48)
+        self.text_to_image = torch.nn.Linear(48, 48)
+
+    def forward(self, image, text, shift):
+        mean = image.mean(1, keepdim=True)
+        return text + torch.tanh(self.image_to_text(mean) + shift), image * self.text_to_image(text).mean(1, True)
+
+
+class OneStreamBlock(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.linear = torch.nn.Linear(48, 48)
+
+    def forward(self, image, text, shift):
+        assert text is None
+        return image + torch.tanh(self.linear(image)) * shift
+
+
+SCANS = [skeleton.Scan("pairs", carry=("text", "image")), skeleton.Scan("singles", carry=("image",))]
+
+
+def traced(call, model, stacked, chips, *inputs):
+    built = skeleton.build(lambda: type(model)(), stacked=stacked)
+    state = model.state_dict()
+    params = {n: np.stack([state[source].numpy() for (source,) in w.sources]) for n, w in built.weights.items()}
+    ctx = context(chips)
+    function = jax.jit(lambda p, xs: bridge.trace(call, built.module, ctx, p, *xs))
+    return jax.tree.map(bridge.to_torch, function(params, [bridge.to_numpy(x) for x in inputs]))
+
+
+@pytest.mark.parametrize("chips", [1, 8])
+def test_scanned_blocks_hand_on_several_activations_by_name(chips):
+    model = TwoStreams().requires_grad_(False)
+    inputs = (torch.randn(2, 21, 48), torch.randn(2, 16, 48), torch.randn(2, 1, 48))
+    ours = traced(lambda m, *a: m(*a), model, SCANS, chips, *inputs)
+    torch.testing.assert_close(ours, model(*inputs), atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("chips", [1, 8])
+def test_scanned_blocks_record_what_every_block_returned(chips):
+    model = Stack().requires_grad_(False)
+    expected, x = [], torch.randn(2, 21, 48)
+    for block in model.blocks:
+        expected.append(block(expected[-1] if expected else x))
+
+    def call(module, x):
+        (blocks,) = module.blocks
+        with blocks.recording() as recorded:
+            module(x)
+        return recorded[0]
+
+    torch.testing.assert_close(traced(call, model, ["blocks"], chips, x), torch.stack(expected), atol=1e-5, rtol=1e-5)

@@ -55,9 +55,10 @@ def test_a_rule_that_does_not_divide_is_an_error_with_both_numbers():
 )
 def test_space_is_split_wherever_it_divides(latents, spec):
     assert spatial(8).activation_spec((1, 16, 5, *latents)) == spec
+    assert spatial(8).activation_spec((1, 32, *latents)) == P(*spec[1:]), "a picture has no axis for time"
 
 
-def test_only_video_shapes_are_split_in_space():
+def test_only_pictures_are_split_in_space():
     assert spatial(8).activation_spec((1, 512)) == P()
     assert spread(8).activation_spec((1, 16, 5, 32, 32)) == P()
 
