@@ -44,6 +44,7 @@ class NodeReporter(Reporter):
         self._stage = ""
         self._last_update = float("-inf")
         self._first_step: tuple[int, float] | None = None
+        self._expert = ""
         self._seconds_per_step: float | None = None
 
     def preview_with(self, preview: Callable[[torch.Tensor], Preview | None]) -> None:
@@ -70,13 +71,14 @@ class NodeReporter(Reporter):
         """One denoising step is done (``on_step`` of the samplers)."""
         self.check_cancelled()
         now = self._clock()
-        if self._first_step is None:
-            # The first step carries tracing and compiling (minutes) and would make every ETA absurd.
-            self._first_step = (info.step, now)
+        expert_changed = info.expert != self._expert
+        if self._first_step is None or expert_changed:
+            # An expert's first step carries loading and compiling (minutes) and would make every ETA absurd.
+            self._first_step, self._expert = (info.step, now), info.expert
         elif info.step > self._first_step[0]:
             self._seconds_per_step = (now - self._first_step[1]) / (info.step - self._first_step[0])
         self._update_bar(info.step, info.total, self._preview(info.latents))
-        if info.step == 1 or info.step == info.total or self._is_due():
+        if info.step in (1, info.total) or expert_changed or self._is_due():
             self._last_update = now
             self._show_text(self._step_text(info))
 
@@ -91,10 +93,11 @@ class NodeReporter(Reporter):
         return self._clock() - self._last_update >= MIN_SECONDS_BETWEEN_UPDATES
 
     def _step_text(self, info: StepInfo) -> str:
+        text = f"step {info.step}/{info.total}" + (f" · {info.expert}" if info.expert else "")
         if self._seconds_per_step is None:
-            return f"step {info.step}/{info.total}"
+            return text
         eta = _clock_time((info.total - info.step) * self._seconds_per_step)
-        return f"step {info.step}/{info.total} · {self._seconds_per_step:.3g} s/step · ETA {eta}"
+        return f"{text} · {self._seconds_per_step:.3g} s/step · ETA {eta}"
 
 
 def _clock_time(seconds: float) -> str:

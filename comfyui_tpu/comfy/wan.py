@@ -11,10 +11,6 @@ from typing import TYPE_CHECKING
 from comfy_api.latest import io
 
 from comfyui_tpu.comfy.conversions import check_ranges, from_conditioning, from_video_latent, to_conditioning
-
-# Re-exported: the Wan packs take all their inputs from here.
-from comfyui_tpu.comfy.inputs import guidance_input as guidance_input
-from comfyui_tpu.comfy.inputs import video_outputs as video_outputs
 from comfyui_tpu.comfy.model_lookup import check_model_id
 from comfyui_tpu.comfy.reporter import node_progress
 

@@ -24,11 +24,13 @@ class StepInfo:
         total: number of steps.
         latents: the predicted clean latents in the model's normalised space, what core's previewers take (the noisy
             ones where the scheduler does not keep a prediction).
+        expert: which of several transformers worked, for people; empty where there is only one.
     """
 
     step: int
     total: int
     latents: torch.Tensor
+    expert: str = ""
 
 
 class OpenedModel:

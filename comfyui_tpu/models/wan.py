@@ -312,7 +312,8 @@ class WanModel(OpenedModel):
 
         def after_step(pipe, index, timestep, tensors):
             if on_step is not None:
-                on_step(StepInfo(index + 1, total, clean_latents(pipe.scheduler, tensors["latents"])))
+                latents = clean_latents(pipe.scheduler, tensors["latents"])
+                on_step(StepInfo(index + 1, total, latents, self._expert(pipe.scheduler, float(timestep))))
             return {}
 
         latents = pipeline(
@@ -324,6 +325,13 @@ class WanModel(OpenedModel):
         )[0]
         mean, std = self.latent_statistics()
         return finite(latents.float() * std + mean, "transformer")
+
+    def _expert(self, scheduler: Any, timestep: float) -> str:
+        """Which of two experts the pipeline uses at ``timestep``, for people."""
+        if self.transformer_2 is None or self.boundary_ratio is None:
+            return ""
+        boundary = self.boundary_ratio * scheduler.config.num_train_timesteps
+        return "high-noise expert" if timestep >= boundary else "low-noise expert"
 
     def _pipeline(self, flow_shift: float | None = None, options: Options | None = None, cls: type | None = None):
         """The stock pipeline (or a subclass of it) around this checkpoint's device modules."""

@@ -10,7 +10,16 @@ from typing_extensions import override
 from comfyui_tpu.comfy import wan
 from comfyui_tpu.comfy.conversions import check_ranges, to_latent
 from comfyui_tpu.comfy.frontend import register_frontend
-from comfyui_tpu.comfy.inputs import SEED_RANGE, k_smooth_input, limits, model_id_input, seed_input, steps_input
+from comfyui_tpu.comfy.inputs import (
+    SEED_RANGE,
+    guidance_input,
+    k_smooth_input,
+    limits,
+    model_id_input,
+    seed_input,
+    steps_input,
+    video_outputs,
+)
 from comfyui_tpu.comfy.model_lookup import find_checkpoint
 from comfyui_tpu.comfy.reporter import NodeReporter, node_progress
 from comfyui_tpu.comfy.unload import install_unload_hook
@@ -38,7 +47,7 @@ def sampling_inputs() -> list[io.Input]:
     return [
         *wan.size_inputs(),
         steps_input(50, RANGES),
-        wan.guidance_input(5.0, RANGES),
+        guidance_input(5.0, RANGES),
         seed_input(2025, RANGES, makes="video"),
     ]
 
@@ -141,7 +150,7 @@ class Wan21TPUVAEDecoder(io.ComfyNode):
                 model_id_input(MODEL_ID, FAMILY),
                 wan.fps_input(FAMILY),
             ],
-            outputs=wan.video_outputs(),
+            outputs=video_outputs(),
         )
 
     @classmethod
@@ -170,7 +179,7 @@ class Wan21TPUPipeline(io.ComfyNode):
                 flow_shift_input(),
                 k_smooth_input(),
             ],
-            outputs=wan.video_outputs(),
+            outputs=video_outputs(),
         )
 
     @classmethod

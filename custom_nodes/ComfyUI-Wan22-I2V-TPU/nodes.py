@@ -11,7 +11,16 @@ from comfyui_tpu.comfy import condition as conditions
 from comfyui_tpu.comfy import wan
 from comfyui_tpu.comfy.conversions import check_ranges, from_image, to_latent
 from comfyui_tpu.comfy.frontend import register_frontend
-from comfyui_tpu.comfy.inputs import SEED_RANGE, k_smooth_input, limits, model_id_input, seed_input, steps_input
+from comfyui_tpu.comfy.inputs import (
+    SEED_RANGE,
+    guidance_input,
+    k_smooth_input,
+    limits,
+    model_id_input,
+    seed_input,
+    steps_input,
+    video_outputs,
+)
 from comfyui_tpu.comfy.model_lookup import find_checkpoint
 from comfyui_tpu.comfy.reporter import node_progress
 from comfyui_tpu.comfy.unload import install_unload_hook
@@ -169,7 +178,7 @@ class Wan22I2VTPUSampler(io.ComfyNode):
                     "latent_info", tooltip="Size and length, from the same Wan 2.2 I2V Image Encoder (TPU)."
                 ),
                 steps_input(40, RANGES),
-                wan.guidance_input(3.5, RANGES),
+                guidance_input(3.5, RANGES),
                 shift_input(),
                 seed_input(0, RANGES, makes="video"),
                 model_id_input(MODEL_ID, FAMILY),
@@ -219,7 +228,7 @@ class Wan22I2VTPUVAEDecoder(io.ComfyNode):
                 model_id_input(MODEL_ID, FAMILY),
                 wan.fps_input(FAMILY),
             ],
-            outputs=wan.video_outputs(),
+            outputs=video_outputs(),
         )
 
     @classmethod

@@ -1,11 +1,10 @@
 """What the user reads on a node, how often, and that Cancel is seen everywhere."""
 
-from types import SimpleNamespace
-
 import pytest
 import torch
 
 from comfyui_tpu.comfy.reporter import NodeReporter
+from comfyui_tpu.models.common import StepInfo
 
 
 class Cancelled(Exception):
@@ -31,9 +30,9 @@ class Node:
         if self.cancel:
             raise Cancelled
 
-    def step(self, step, total, seconds):
+    def step(self, step, total, seconds, expert=""):
         self.now += seconds
-        self.reporter.step(SimpleNamespace(step=step, total=total, latents=torch.zeros(1)))
+        self.reporter.step(StepInfo(step, total, torch.zeros(1), expert))
 
 
 def test_steps_show_speed_and_eta_without_the_compilation_in_the_first_step():
@@ -44,6 +43,15 @@ def test_steps_show_speed_and_eta_without_the_compilation_in_the_first_step():
     assert node.texts[0] == "step 1/50"
     assert node.texts[-1] == "step 7/50 · 4.6 s/step · ETA 3:18"
     assert node.bars[-1] == (7, 50, None)
+
+
+def test_the_second_expert_is_named_at_once_and_its_loading_does_not_count_as_speed():
+    node = Node()
+    for step, seconds in enumerate([300, 4, 4, 200, 3, 3], start=1):
+        node.step(step, 8, seconds, "high-noise expert" if step < 4 else "low-noise expert")
+    assert node.texts[0] == "step 1/8 · high-noise expert"
+    assert node.texts[3] == "step 4/8 · low-noise expert · 4 s/step · ETA 0:16"
+    assert node.texts[-1] == "step 6/8 · low-noise expert · 3 s/step · ETA 0:06"
 
 
 def test_hours_are_shown_as_hours():
