@@ -137,14 +137,19 @@ class ComfyServer:
         with urllib.request.urlopen(request, timeout=60) as answer:
             return answer.read()
 
-    def run(self, prompt: dict, on_event: Callable[[Run], None] = lambda run: None) -> Run:
-        """Queue ``prompt`` and watch it to its end. ``on_event`` is called after each message. Raises Refused."""
+    def run(
+        self, prompt: dict, on_event: Callable[[Run], None] = lambda run: None, workflow: dict | None = None
+    ) -> Run:
+        """Queue ``prompt`` and watch it to its end. ``on_event`` is called after each message. Raises Refused.
+
+        ``workflow``: what a browser would send along, to be saved in files' metadata.
+        """
         client_id = uuid.uuid4().hex
         connection = websocket.create_connection(
             f"ws://127.0.0.1:{self.port}/ws?clientId={client_id}", timeout=RUN_SECONDS
         )
         try:
-            run = Run(self._queue(prompt, client_id))
+            run = Run(self._queue(prompt, client_id, workflow))
             while not self._receive(connection, run):
                 on_event(run)
         finally:
@@ -152,9 +157,10 @@ class ComfyServer:
         run.outputs = self.get(f"/history/{run.prompt_id}")[run.prompt_id]["outputs"]
         return run
 
-    def _queue(self, prompt: dict, client_id: str) -> str:
+    def _queue(self, prompt: dict, client_id: str, workflow: dict | None) -> str:
+        extra = {} if workflow is None else {"extra_data": {"extra_pnginfo": {"workflow": workflow}}}
         try:
-            answer = json.loads(self.post("/prompt", {"prompt": prompt, "client_id": client_id}))
+            answer = json.loads(self.post("/prompt", {"prompt": prompt, "client_id": client_id, **extra}))
         except urllib.error.HTTPError as error:
             raise Refused(json.load(error)) from None
         return answer["prompt_id"]

@@ -1,4 +1,4 @@
-"""A custom node for the tests' server: keeps a tensor exactly as it is, which no node of core does for images."""
+"""Custom nodes for the tests' server, for what no node of core does: keep a tensor exactly as it is, make NaN."""
 
 import os
 
@@ -23,4 +23,16 @@ class ProbeSave:
         return {"ui": {"path": [path]}}
 
 
-NODE_CLASS_MAPPINGS = {"ProbeSave": ProbeSave}
+class ProbeNaN:
+    CATEGORY, FUNCTION, RETURN_TYPES = "probe", "make", ("*",)
+
+    @classmethod
+    def INPUT_TYPES(cls):
+        return {"required": {"kind": (["LATENT", "CONDITIONING"],), "shape": ("STRING", {})}}
+
+    def make(self, kind, shape):
+        tensor = torch.full([int(size) for size in shape.split(",")], torch.nan)
+        return ({"samples": tensor} if kind == "LATENT" else [[tensor, {}]],)
+
+
+NODE_CLASS_MAPPINGS = {"ProbeSave": ProbeSave, "ProbeNaN": ProbeNaN}
