@@ -1,4 +1,4 @@
-"""Loading the pack must cost ComfyUI's start next to nothing, and must leave the TPU to whoever uses it first."""
+"""Loading the packs must cost ComfyUI's start next to nothing, and must leave the TPU to whoever uses it first."""
 
 import json
 import os
@@ -10,11 +10,11 @@ import pytest
 
 from tests.comfy.server import REPOSITORY
 
-PACK = REPOSITORY / "custom_nodes" / "ComfyUI-Wan21-TPU"
+PACKS = sorted(str(pack) for pack in (REPOSITORY / "custom_nodes").glob("ComfyUI-*"))
 
 
 @pytest.mark.server
-def test_the_pack_imports_fast_and_without_jax(comfyui_checkout):
+def test_the_packs_import_fast_and_without_jax(comfyui_checkout):
     script = textwrap.dedent(f"""
         import asyncio, importlib.util, json, sys, time
         sys.argv = ["main.py", "--cpu"]
@@ -22,7 +22,7 @@ def test_the_pack_imports_fast_and_without_jax(comfyui_checkout):
         comfy.options.enable_args_parsing()
         import nodes  # what ComfyUI has loaded before it comes to custom nodes
         before, start = set(sys.modules), time.perf_counter()
-        loaded = asyncio.run(nodes.load_custom_node({str(PACK)!r}))
+        loaded = [pack for pack in {PACKS!r} if asyncio.run(nodes.load_custom_node(pack))]
         seconds = time.perf_counter() - start
         packages = sorted({{name.partition(".")[0] for name in set(sys.modules) - before}})
         print(json.dumps([loaded, seconds, packages]))
@@ -38,6 +38,6 @@ def test_the_pack_imports_fast_and_without_jax(comfyui_checkout):
     )
     assert done.returncode == 0, done.stderr
     loaded, seconds, packages = json.loads(done.stdout.splitlines()[-1])
-    assert loaded
-    assert seconds < 1.0
+    assert loaded == PACKS
+    assert seconds < len(PACKS)
     assert not {"jax", "jaxlib", "torchax", "diffusers"} & set(packages)
