@@ -37,8 +37,8 @@ class Contract:
         assert (info["display_name"], info["category"]) == (node.display_name, self.category)
         assert list(zip(info["output"], info["output_name"], strict=True)) == node.outputs
         for section, expected in (("required", node.required), ("optional", node.optional)):
-            found = info["input"][section]
-            assert list(found) == list(expected) == info["input_order"][section]
+            found = info["input"].get(section, {})
+            assert list(found) == list(expected) == info["input_order"].get(section, [])
             for name, (kind, options) in expected.items():
                 assert found[name][0] == kind
                 assert {key: found[name][1].get(key) for key in options} == options, name
@@ -51,7 +51,7 @@ class Contract:
         assert english["description"] == info["description"] != ""
         assert chinese["display_name"]
         assert chinese["description"]
-        inputs = {**info["input"]["required"], **info["input"]["optional"]}
+        inputs = {**info["input"]["required"], **info["input"].get("optional", {})}
         assert {name: spec[1]["tooltip"] for name, spec in inputs.items()} == {
             name: text["tooltip"] for name, text in english["inputs"].items()
         }
