@@ -87,6 +87,11 @@ class Flux2(OpenedModel):
         """Which plan runs where, for people."""
         return self.transformer.describe_plan()
 
+    def is_encoded(self, prompt: str) -> bool:
+        """Whether :meth:`encode_prompt` has the embeddings of ``prompt`` in memory."""
+        with self._embeddings_lock:
+            return prompt in self._embeddings
+
     def encode_prompt(self, prompt: str) -> torch.Tensor:
         """Embeddings ``[1, 512, text_dim]`` float32. The last few prompts' are kept: a new seed encodes nothing."""
         with self._embeddings_lock:

@@ -152,6 +152,12 @@ def open_model(model_id: str) -> Flux2:
     return Flux2.open(folder)
 
 
+def encode(model: Flux2, prompt: str) -> tuple[torch.Tensor, str]:
+    """The prompt's embeddings, and where they came from, for people."""
+    how = "prompt from memory" if model.is_encoded(prompt) else "prompt encoded"
+    return model.encode_prompt(prompt), how
+
+
 def sample(model: Flux2, reporter: NodeReporter, embeds: torch.Tensor, settings: dict[str, Any]) -> dict:
     """The denoising loop → LATENT, with its progress on the node."""
     return to_latent(model.sample(embeds, **settings, on_step=reporter.step))
@@ -188,8 +194,8 @@ class Flux2TextEncoder(io.ComfyNode):
     @classmethod
     def execute(cls, prompt: str, model_id: str = MODEL_ID) -> io.NodeOutput:
         with node_progress() as reporter:
-            embeds = open_model(model_id).encode_prompt(prompt)
-            reporter.message("prompt encoded")
+            embeds, how = encode(open_model(model_id), prompt)
+            reporter.message(how)
             return io.NodeOutput(to_conditioning(embeds))
 
 
@@ -280,9 +286,9 @@ class Flux2TPUPipeline(io.ComfyNode):
         settings = checked_settings(**inputs)
         with node_progress(LATENT_FORMAT) as reporter:
             model = open_model(model_id)
-            embeds = model.encode_prompt(prompt)
+            embeds, how = encode(model, prompt)
             images = decode(model, sample(model, reporter, embeds, settings))
-            reporter.sampled(settings["num_inference_steps"], model.describe_plan())
+            reporter.sampled(settings["num_inference_steps"], f"{how} · {model.describe_plan()}")
             return io.NodeOutput(images)
 
 

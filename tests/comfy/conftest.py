@@ -1,4 +1,4 @@
-"""One real server for the whole session, with our packs and a tiny Wan 2.1 checkpoint."""
+"""One real server for the whole session, with our packs and tiny checkpoints."""
 
 from __future__ import annotations
 
@@ -29,7 +29,8 @@ def server(comfyui_checkout, tmp_path_factory) -> ComfyServer:
     for pack in (REPOSITORY / "custom_nodes").glob("ComfyUI-*"):
         (packs / pack.name).symlink_to(pack)
     (packs / "probe").symlink_to(Path(__file__).parent / "probe")
-    write("wan21-tiny", base / "models" / "diffusers" / "wan21-tiny")
+    for name in ("wan21-tiny", "flux2-tiny"):
+        write(name, base / "models" / "diffusers" / name)
     with ComfyServer(comfyui_checkout, base) as server:
         yield server
 
