@@ -7,6 +7,7 @@ chunk is filled up by repeating its last frame; what the filling produces is cut
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -71,16 +72,16 @@ def _fill_up(chunk: torch.Tensor, frames: int) -> torch.Tensor:
     return chunk if missing == 0 else torch.cat([chunk, chunk[:, :, -1:].expand(-1, -1, missing, -1, -1)], dim=2)
 
 
-def _steady_state(
-    module: DeviceModule, chunking: Chunking, x: torch.Tensor, state: list[Any]
-) -> list[jax.Array | None]:
+def _steady_state(module: DeviceModule, chunking: Chunking, x: torch.Tensor, state: Any) -> Any:
     """The state after the first chunk in the shapes it has after every later one.
 
     After the first chunk some caches are absent or short because there is no past yet. Causal convolutions pad the
-    missing past with zeros, so zeros in front are the same thing, and all later chunks can share one program.
+    missing past with zeros, so zeros in front are the same thing, and all later chunks can share one program. The
+    state may be any pytree of arrays ``[B, C, T, H, W]`` and None.
     """
     _, steady = module.output_shapes(chunking.following, {"x": x, "state": state})
-    return [_with_zero_past(module, cache, shape) for cache, shape in zip(state, steady, strict=True)]
+    absent = lambda leaf: leaf is None  # noqa: E731
+    return jax.tree.map(functools.partial(_with_zero_past, module), state, steady, is_leaf=absent)
 
 
 def _with_zero_past(

@@ -11,6 +11,8 @@ from pathlib import Path
 
 # Modules are named, not imported: asking for one family must not pay for importing the others.
 WRITERS = {
+    "cogvideox-tiny": "tests.checkpoints.cogvideox_5b",
+    "cogvideox15-tiny": "tests.checkpoints.cogvideox",
     "flux2-tiny": "tests.checkpoints.flux2",
     "wan21-tiny": "tests.checkpoints.wan21",
     "wan22-i2v-tiny": "tests.checkpoints.wan22",
