@@ -78,7 +78,8 @@ class Contract:
         mentioned = [page(node) for node in self.nodes if node != node_id and locale[node]["display_name"] in text]
         everything = "".join([text, *mentioned])
         inputs = object_info[node_id]["input"]
-        missing = [name for name in {**inputs["required"], **inputs["optional"]} if f"`{name}`" not in everything]
+        names = {**inputs["required"], **inputs.get("optional", {})}
+        missing = [name for name in names if f"`{name}`" not in everything]
         assert not missing
 
 

@@ -1,0 +1,16 @@
+"""ComfyUI-CogVideoX-TPU: CogVideoX text-to-video on Cloud TPUs. Nodes only; the package comfyui_tpu does the work."""
+
+import importlib.util
+
+if importlib.util.find_spec("comfyui_tpu") is None:
+    raise ImportError(
+        "ComfyUI-CogVideoX-TPU needs the package comfyui-tpu in ComfyUI's Python environment. "
+        "Run `python3 setup.py install` in the repository ComfyUI-TPU, or `pip install /path/to/that/repository`."
+    )
+
+from .nodes import comfy_entrypoint
+
+# Help pages: docs/<node id>/<language>.md. ComfyUI serves them; it would also import every .js below this folder.
+WEB_DIRECTORY = "./web"
+
+__all__ = ["WEB_DIRECTORY", "comfy_entrypoint"]
