@@ -151,6 +151,16 @@ def test_reference_images_of_several_sizes_change_the_picture(server, nodes):
     assert torch.equal(images, load(server, "flux2_pipeline"))
 
 
+def test_the_edit_example_runs_with_a_loaded_picture(server, object_info):
+    prompt = example_prompts(object_info, "flux2_edit.json")["flux2_edit"]
+    Image.new("RGBA", (200, 120), (255, 0, 0, 128)).save(server.base / "input" / prompt["6"]["inputs"]["image"])
+    for node in prompt.values():
+        small = {"model_id": "flux2-tiny", "height": 256, "width": 256, "num_inference_steps": STEPS}
+        node["inputs"].update({name: value for name, value in small.items() if name in node["inputs"]})
+    done = run(server, prompt)
+    assert len(done.outputs[SAVE]["images"]) == 1
+
+
 def test_a_batch_makes_different_pictures_at_a_size_that_is_not_square(server, nodes):
     nodes[SAMPLER]["inputs"].update(batch_size=3, height=256, width=272)
     nodes[DECODER]["inputs"].update(height=0, width=272)
