@@ -16,7 +16,8 @@ from comfyui_tpu.runtime.errors import InvalidInput, ModelNotFound, TPUError
 from comfyui_tpu.runtime.reporting import Reporter, current_reporter
 
 # Weights as safetensors, configs, and what tokenizers need. No pickles (.bin, .pt) and no code (.py): they can execute.
-ALLOWED_FILES = ("*.json", "*.safetensors", "*.txt", "*.model")
+# Chat templates (.jinja) can not: transformers renders them in a sandbox.
+ALLOWED_FILES = ("*.json", "*.safetensors", "*.txt", "*.model", "*.jinja")
 
 # The Hub client waits for ever by default; a user without network wants an answer now.
 TIMEOUT_S = 10.0

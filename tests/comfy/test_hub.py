@@ -32,6 +32,7 @@ FILES = {
     "transformer/model-2.safetensors": b"2" * 3_000_000,
     "tokenizer/spiece.model": b"sentencepiece",
     "tokenizer/vocab.txt": b"words",
+    "tokenizer/chat_template.jinja": b"{{ messages }}",
     "README.md": b"readme",
     "flux2-dev.safetensors": b"the same weights once more, for other programs",
     "image_encoder/model.safetensors": b"a component that model_index.json does not list",
