@@ -81,7 +81,8 @@ def runtime_inputs() -> list[io.Input]:
             "dynamic_cfg",
             default=False,
             optional=True,
-            tooltip="Raise the guidance from 1 towards guidance_scale in the course of the steps.",
+            tooltip="Vary the guidance from step to step, between 1 and 1 + guidance_scale, "
+            "as use_dynamic_cfg in Diffusers does.",
         ),
         k_smooth_input(),
     ]

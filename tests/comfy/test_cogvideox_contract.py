@@ -6,7 +6,7 @@ from tests.comfy.contract import Contract, Node, example_prompts
 
 pytestmark = pytest.mark.server
 
-SIZE = {"step": 16}
+SIZE = {"min": 16, "max": 2048, "step": 16}
 SAMPLING = {
     "height": ("INT", {"default": 720, **SIZE}),
     "width": ("INT", {"default": 1280, **SIZE}),

@@ -12,6 +12,7 @@ from comfyui_tpu.comfy.conversions import check_choice
 from comfyui_tpu.comfy.devices import first_devices
 from comfyui_tpu.comfy.previews import rgb_previewer
 from comfyui_tpu.runtime.errors import InvalidInput, NumericsError
+from tests.checkpoints import write
 
 MODEL = SimpleNamespace(
     text_dim=8, latent_channels=16, decode=lambda latents, num_frames: (latents.shape[2], num_frames)
@@ -83,6 +84,17 @@ def test_devices_are_the_first_ones_and_0_is_all_of_them():
     assert first_devices(8) == tuple(jax.devices())
     with pytest.raises(InvalidInput, match=r"at most 8, .*CPU \(no TPU found\)\), but 9 came. Set it to 0"):
         first_devices(9)
+
+
+def test_a_model_is_opened_once_for_each_choice_of_devices(tmp_path):
+    from comfyui_tpu.models.cogvideox import CogVideoX
+
+    folder = write("cogvideox15-tiny", tmp_path / "cogvideox15-tiny")
+    on_three = CogVideoX.open(folder, first_devices(3))
+    assert "over 3 × CPU" in on_three.describe_plan()
+    assert "over 8 × CPU" in CogVideoX.open(folder, first_devices(0)).describe_plan()
+    assert CogVideoX.open(folder, first_devices(3)) is on_three
+    assert CogVideoX.open(folder) is CogVideoX.open(folder, first_devices(8))
 
 
 # --- previews without a latent format in core -------------------------------------------------------------------------
