@@ -2,7 +2,17 @@
 
 import pytest
 
-from tests.comfy.test_flux2_runs import DECODER, ENCODER, SAMPLER, flux2_demo, full_pipeline, nodes, picture, sampling
+from tests.comfy.test_flux2_runs import (
+    DECODER,
+    ENCODER,
+    SAMPLER,
+    filled,
+    flux2_demo,
+    full_pipeline,
+    nodes,
+    picture,
+    sampling,
+)
 from tests.comfy.test_server_errors import execution_error, refusal
 
 pytestmark = pytest.mark.server
@@ -80,7 +90,7 @@ def empty_latent(kind, **inputs):
             empty_latent("EmptyHunyuanLatentVideo", width=256, height=256, length=9),
             ["video latents [1, 16, 3, 32, 32]"],
         ),
-        ({"class_type": "ProbeNaN", "inputs": {"kind": "LATENT", "shape": "1,128,16,16"}}, ["latents hold NaN"]),
+        (filled("LATENT", "1,128,16,16", "nan"), ["latents hold NaN"]),
     ],
 )
 def test_latents_that_are_not_flux2s_are_refused(server, flux2_demo, latent, parts):
@@ -98,7 +108,7 @@ def test_conditioning_of_another_width_and_nan_are_refused(server, flux2_demo):
     message = execution_error(server, flux2_demo, SAMPLER)
     assert "64 wide" in message
     assert "240 wide" in message
-    flux2_demo["20"] = {"class_type": "ProbeNaN", "inputs": {"kind": "CONDITIONING", "shape": "1,512,240"}}
+    flux2_demo["20"] = filled("CONDITIONING", "1,512,240", "nan")
     assert "prompt_embeds holds NaN" in execution_error(server, flux2_demo, SAMPLER)
 
 

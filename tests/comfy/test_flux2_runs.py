@@ -129,8 +129,20 @@ def test_prompt_guidance_and_key_smoothing(server, sampling):
     assert not torch.allclose(first, latents_of(server, sampling, guidance_scale=8.0), atol=1e-4)
     smoothed = latents_of(server, sampling, guidance_scale=4.0, k_smooth=True)
     assert torch.allclose(first, smoothed, atol=1e-3)
+    assert not torch.equal(first, smoothed)
     sampling[ENCODER]["inputs"]["prompt"] = "a bridge in fog"
     assert not torch.allclose(first, latents_of(server, sampling, k_smooth=False), atol=1e-4)
+
+
+def filled(kind, shape, value, **inputs):
+    return {"class_type": "ProbeFill", "inputs": {"kind": kind, "shape": shape, "value": value, **inputs}}
+
+
+def test_a_shorter_prompt_counts_as_core_pads_it(server, sampling):
+    sampling["20"] = filled("CONDITIONING", "1,77,240", "0.5")
+    short = latents_of(server, sampling, prompt_embeds=["20", 0])
+    sampling["20"] = filled("CONDITIONING", "1,77,240", "0.5", tokens_before=512 - 77)
+    assert torch.equal(short, latents_of(server, sampling))
 
 
 def picture(width, height, colour, count=1):

@@ -1,4 +1,4 @@
-"""Custom nodes for the tests' server, for what no node of core does: keep a tensor exactly as it is, make NaN."""
+"""Custom nodes for the tests' server, for what no node of core does: keep a tensor exactly as it is, make any."""
 
 import os
 
@@ -23,16 +23,21 @@ class ProbeSave:
         return {"ui": {"path": [path]}}
 
 
-class ProbeNaN:
+class ProbeFill:
     CATEGORY, FUNCTION, RETURN_TYPES = "probe", "make", ("*",)
 
     @classmethod
     def INPUT_TYPES(cls):
-        return {"required": {"kind": (["LATENT", "CONDITIONING"],), "shape": ("STRING", {})}}
+        return {
+            "required": {"kind": (["LATENT", "CONDITIONING"],), "shape": ("STRING", {}), "value": ("STRING", {})},
+            "optional": {"tokens_before": ("INT", {"default": 0})},
+        }
 
-    def make(self, kind, shape):
-        tensor = torch.full([int(size) for size in shape.split(",")], torch.nan)
-        return ({"samples": tensor} if kind == "LATENT" else [[tensor, {}]],)
+    def make(self, kind, shape, value, tokens_before=0):
+        tensor = torch.full([int(size) for size in shape.split(",")], float(value))
+        if kind == "LATENT":
+            return ({"samples": tensor},)
+        return ([[torch.nn.functional.pad(tensor, (0, 0, tokens_before, 0)), {}]],)
 
 
-NODE_CLASS_MAPPINGS = {"ProbeSave": ProbeSave, "ProbeNaN": ProbeNaN}
+NODE_CLASS_MAPPINGS = {"ProbeSave": ProbeSave, "ProbeFill": ProbeFill}
