@@ -46,13 +46,15 @@ class Condition:
     image_embeds: torch.Tensor | None = None
 
 
-def fit_picture(image: torch.Tensor, height: int, width: int, mode: ResizeMode = "crop") -> torch.Tensor:
+def fit_picture(
+    image: torch.Tensor, height: int, width: int, mode: ResizeMode = "crop", name: str = "image"
+) -> torch.Tensor:
     """``[B, H, W, C]`` in 0..1 → ``[B, height, width, 3]``.
 
     ``crop`` cuts what is too much off evenly, ``pad`` adds black borders, ``stretch`` ignores the aspect ratio. Alpha
-    is dropped, as core's own nodes do; a single grey channel is repeated.
+    is dropped, as core's own nodes do; a single grey channel is repeated. ``name`` is the input's, for errors.
     """
-    image = _checked_picture(image, mode)
+    image = _checked_picture(image, mode, name)
     if mode == "crop":
         image = _crop_to_ratio(image, height / width)
     rows, columns = image.shape[1:3]
@@ -66,17 +68,17 @@ def fit_picture(image: torch.Tensor, height: int, width: int, mode: ResizeMode =
     return torch.nn.functional.pad(pixels, borders).movedim(1, -1)
 
 
-def _checked_picture(image: torch.Tensor, mode: str) -> torch.Tensor:
+def _checked_picture(image: torch.Tensor, mode: str, name: str) -> torch.Tensor:
     if mode not in RESIZE_MODES:
         raise InvalidInput(f"resize mode must be one of {', '.join(RESIZE_MODES)}; got {mode!r}.")
     if image.ndim != 4 or image.shape[-1] not in (1, 3, 4) or image.shape[0] == 0:
-        raise InvalidInput(f"image must be [batch, height, width, 3] with values in 0..1; got {list(image.shape)}.")
+        raise InvalidInput(f"{name} must be [batch, height, width, 3] with values in 0..1; got {list(image.shape)}.")
     if min(image.shape[1:3]) < MIN_PICTURE_SIZE:
         raise InvalidInput(
-            f"image must be at least {MIN_PICTURE_SIZE}×{MIN_PICTURE_SIZE} pixels; got "
+            f"{name} must be at least {MIN_PICTURE_SIZE}×{MIN_PICTURE_SIZE} pixels; got "
             f"{image.shape[2]}×{image.shape[1]}. Load the picture again, or connect another one."
         )
-    image = finite(image.float(), "image input")
+    image = finite(image.float(), f"{name} input")
     return image.expand(-1, -1, -1, 3) if image.shape[-1] == 1 else image[..., :3]
 
 
@@ -170,7 +172,7 @@ class WanImageToVideo(WanModel):
         """
         check_video_size(height, width, num_frames)
         first = fit_picture(image, height, width, resize_mode)
-        last = None if end_image is None else fit_picture(end_image, height, width, resize_mode)
+        last = None if end_image is None else fit_picture(end_image, height, width, resize_mode, "end_image")
         if last is not None and last.shape[0] not in (1, first.shape[0]):
             raise InvalidInput(
                 f"end_image must hold one picture or as many as image ({first.shape[0]}); got {last.shape[0]}."

@@ -9,7 +9,7 @@ from typing_extensions import override
 
 from comfyui_tpu.comfy import condition as conditions
 from comfyui_tpu.comfy import wan
-from comfyui_tpu.comfy.conversions import check_ranges, from_image, to_latent
+from comfyui_tpu.comfy.conversions import check_choice, check_ranges, from_image, to_latent
 from comfyui_tpu.comfy.frontend import register_frontend
 from comfyui_tpu.comfy.inputs import (
     SEED_RANGE,
@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 CATEGORY = "TPU/Wan2.2-I2V"
 FAMILY = "Wan 2.2 I2V"
 MODEL_ID = "Wan-AI/Wan2.2-I2V-A14B-Diffusers"
-RESIZE_MODES = ["crop", "pad", "stretch"]  # as in models/wan_i2v.py, which a start of ComfyUI must not import
+RESIZE_MODES = ("crop", "pad", "stretch")  # as in models/wan_i2v.py, which a start of ComfyUI must not import
 SAME_AS_FIRST = -1.0
 
 # One table for the widgets and for values that come through links, which core does not check: (minimum, maximum).
@@ -75,7 +75,7 @@ class Wan22I2VImageEncoder(io.ComfyNode):
                 ),
                 io.Combo.Input(
                     "resize_mode",
-                    options=RESIZE_MODES,
+                    options=list(RESIZE_MODES),
                     default="crop",
                     optional=True,
                     tooltip="How pictures of another shape are fitted. crop: fill the frame, cut off what is too much "
@@ -89,7 +89,10 @@ class Wan22I2VImageEncoder(io.ComfyNode):
         )
 
     @classmethod
-    def validate_inputs(cls, height=None, width=None, num_frames=None, model_id=None) -> bool:
+    def validate_inputs(cls, height=None, width=None, num_frames=None, model_id=None, resize_mode=None) -> bool:
+        # Core 0.3.75 does not compare the choices of V3 nodes with their options.
+        if resize_mode is not None:
+            check_choice("resize_mode", resize_mode, RESIZE_MODES)
         return wan.check_constants(model_id, height, width, num_frames)
 
     @classmethod
@@ -97,6 +100,7 @@ class Wan22I2VImageEncoder(io.ComfyNode):
         cls, image, height, width, num_frames, model_id=MODEL_ID, end_image=None, resize_mode="crop"
     ) -> io.NodeOutput:
         wan.check_size(height, width, num_frames)
+        check_choice("resize_mode", resize_mode, RESIZE_MODES)
         pictures = {
             "image": from_image("image", image),
             "end_image": None if end_image is None else from_image("end_image", end_image),
