@@ -23,6 +23,7 @@ from comfyui_tpu.models.common import (
     load_tokenizer,
     read_model_index,
 )
+from comfyui_tpu.models.wan_attention import WanAttention
 from comfyui_tpu.runtime import causal
 from comfyui_tpu.runtime.device_module import ComponentSpec, DeviceModule, Options
 from comfyui_tpu.runtime.errors import CheckpointError, InvalidInput
@@ -71,7 +72,9 @@ def _build_text_encoder(config: dict) -> torch.nn.Module:
 def _build_transformer(config: dict) -> torch.nn.Module:
     from diffusers import WanTransformer3DModel
 
-    return WanTransformer3DModel.from_config(config)
+    transformer = WanTransformer3DModel.from_config(config)
+    transformer.set_attn_processor(WanAttention())
+    return transformer
 
 
 def _build_vae(config: dict) -> torch.nn.Module:

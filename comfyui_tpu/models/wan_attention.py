@@ -1,0 +1,47 @@
+"""Wan's attention without in-place updates.
+
+The stock processor writes the rotated halves of queries and keys into every second element of an empty tensor. That
+traces to scatters, which are slow on a TPU, and which XLA's partitioner is known to get wrong along an axis that is
+spread unevenly (seen for CogVideoX with jax 0.10.2). Stacking the halves is the same arithmetic.
+"""
+
+from __future__ import annotations
+
+import torch
+
+TEXT_TOKENS = 512  # the rest of the context, before the text, is Wan 2.1's image embedding
+
+
+def rotate_pairs(x: torch.Tensor, cosines: torch.Tensor, sines: torch.Tensor) -> torch.Tensor:
+    """Rotate neighbouring elements of ``x`` ``[B, S, H, D]``; tables ``[1, S, 1, D]`` repeat each angle twice."""
+    first, second = x.unflatten(-1, (-1, 2)).unbind(-1)
+    cosine, sine = cosines[..., 0::2], sines[..., 1::2]
+    rotated = torch.stack((first * cosine - second * sine, first * sine + second * cosine), dim=-1)
+    return rotated.flatten(-2).type_as(x)
+
+
+class WanAttention:
+    """Diffusers' attention processor for Wan blocks: self-attention, and cross-attention to text and image."""
+
+    def __call__(self, attn, hidden_states, encoder_hidden_states=None, attention_mask=None, rotary_emb=None):
+        picture, context = None, hidden_states if encoder_hidden_states is None else encoder_hidden_states
+        if attn.add_k_proj is not None:
+            picture, context = context[:, :-TEXT_TOKENS], context[:, -TEXT_TOKENS:]
+        split = lambda x: x.unflatten(2, (attn.heads, -1))  # noqa: E731
+        query = split(attn.norm_q(attn.to_q(hidden_states)))
+        key, value = split(attn.norm_k(attn.to_k(context))), split(attn.to_v(context))
+        if rotary_emb is not None:
+            query, key = rotate_pairs(query, *rotary_emb), rotate_pairs(key, *rotary_emb)
+        out = _attend(query, key, value, attention_mask)
+        if picture is not None:
+            picture_key = split(attn.norm_added_k(attn.add_k_proj(picture)))
+            out = out + _attend(query, picture_key, split(attn.add_v_proj(picture)))
+        return attn.to_out[1](attn.to_out[0](out))
+
+
+def _attend(query, key, value, mask=None) -> torch.Tensor:
+    """``[B, S, H, D]`` each → ``[B, S, H·D]``."""
+    out = torch.nn.functional.scaled_dot_product_attention(
+        query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2), attn_mask=mask
+    )
+    return out.transpose(1, 2).flatten(2).type_as(query)
