@@ -7,6 +7,7 @@ The stock ``Flux2Pipeline`` drives; its three modules are device modules. Latent
 from __future__ import annotations
 
 import functools
+import itertools
 import threading
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
@@ -224,7 +225,7 @@ def _noise_levels(sigmas: Sequence[float]) -> list[float]:
     """The noise level of each step: ``sigmas`` without their final 0, which the scheduler adds itself."""
     levels = [float(sigma) for sigma in sigmas]
     levels = levels[:-1] if levels and levels[-1] == 0 else levels
-    falling = all(high > low for high, low in zip(levels, [*levels[1:], 0.0], strict=True))
+    falling = all(high > low for high, low in itertools.pairwise([*levels, 0.0]))
     if not levels or not falling or levels[0] > 1:
         raise InvalidInput(f"sigmas must fall from at most 1 towards 0, one for each step; got {list(sigmas)}.")
     return levels

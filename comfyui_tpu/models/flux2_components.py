@@ -23,18 +23,26 @@ TEXT_LAYERS = max(HIDDEN_STATES)
 
 def _build_text_encoder(config: dict) -> torch.nn.Module:
     """The language model up to the last layer that is asked for, without its final norm."""
-    from transformers import AutoModel, Mistral3Config
+    from transformers import AutoModel
 
-    text = Mistral3Config.from_dict(config).text_config
-    if text.num_hidden_layers <= TEXT_LAYERS:
-        raise CheckpointError(
-            f"The text encoder must have more than {TEXT_LAYERS} layers (hidden states {HIDDEN_STATES} are used); "
-            f"got {text.num_hidden_layers}. Check that this is a FLUX.2-dev checkpoint."
-        )
+    text = _text_config(config)
     text.num_hidden_layers = TEXT_LAYERS
     module = AutoModel.from_config(text, attn_implementation="sdpa")
     module.norm = torch.nn.Identity()
     return module
+
+
+def _text_config(config: dict) -> Any:
+    from transformers import Mistral3Config
+
+    text = Mistral3Config.from_dict(config).text_config
+    if text.num_hidden_layers <= TEXT_LAYERS:
+        # With exactly that many, the last hidden state would be another one: the one behind the final norm.
+        raise CheckpointError(
+            f"The text encoder must have more than {TEXT_LAYERS} layers (hidden states {HIDDEN_STATES} are used); "
+            f"got {text.num_hidden_layers}. Check that this is a FLUX.2-dev checkpoint."
+        )
+    return text
 
 
 def _build_transformer(config: dict) -> torch.nn.Module:
@@ -137,6 +145,10 @@ VAE = ComponentSpec(
 
 class Flux2TextEncoder(DeviceModule):
     """Called as ``Mistral3ForConditionalGeneration``; only ``.hidden_states`` 10, 20 and 30 come back."""
+
+    def check_files(self) -> None:
+        super().check_files()
+        _text_config(self.raw_config)
 
     def __call__(self, input_ids: torch.Tensor, attention_mask: torch.Tensor, **kwargs: Any):
         """Ids and mask ``[B, 512]`` → ``.hidden_states[k]`` ``[B, 512, hidden_size]``."""
