@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import importlib.util
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -225,6 +226,7 @@ class CogVideoX(OpenedModel):
 
     @functools.cached_property
     def _tokenizer(self):
+        _check_tokenizer_readable(self.folder / "tokenizer")
         return load_tokenizer(self.folder)
 
     def _scheduler(self, choice: str):
@@ -257,6 +259,16 @@ def _check_parts_fit(model: CogVideoX) -> None:
             f"{folder} takes text embeddings of width {model.text_dim}, but the text encoder beside it makes {width}. "
             "Download the checkpoint again."
         )
+
+
+def _check_tokenizer_readable(folder: Path) -> None:
+    """The real repositories ship ``spiece.model`` alone. Without protobuf, transformers takes it for another format."""
+    if (folder / "tokenizer.json").is_file() or importlib.util.find_spec("google.protobuf") is not None:
+        return
+    raise CheckpointError(
+        f"{folder} holds a SentencePiece model, which transformers reads with the package protobuf; it is not "
+        "installed. Run `pip install protobuf` in ComfyUI's Python environment."
+    )
 
 
 def _recorded_predictions(scheduler: Any) -> list[torch.Tensor]:

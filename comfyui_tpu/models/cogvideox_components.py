@@ -53,9 +53,9 @@ class _AddPositions(torch.nn.Module):
 class _JointAttention:
     """Attention over text and video tokens together: Diffusers' attention processor for CogVideoX blocks.
 
-    The stock one rotates the video's part of queries and keys in place, which traces to a scatter; over tokens that are
-    spread unevenly over 8 chips XLA's partitioner gets that wrong (errors of 3 %, seen with jax 0.10.2). Here the
-    tables cover the text too, which a rotation by 0 leaves as it is.
+    The stock one rotates the video's part of queries and keys in place. Traced and spread over 8 chips, with tokens
+    that do not divide by 8, that gave outputs 3 % off (jax 0.10.2, CPU; over 1 and 2 chips they were right). Here the
+    tables cover the text too, which a rotation by 0 leaves as it is, and nothing is written in place.
     """
 
     def __call__(self, attn, hidden_states, encoder_hidden_states, attention_mask=None, image_rotary_emb=None):

@@ -1,6 +1,7 @@
 """CogVideoX against the stock ``CogVideoXPipeline`` on torch CPU float32, on one device and on eight."""
 
 import dataclasses
+import importlib.util
 import json
 import logging
 import shutil
@@ -18,6 +19,7 @@ from comfyui_tpu.runtime.errors import CheckpointError, InvalidInput, NumericsEr
 from comfyui_tpu.runtime.plan import spatial, spread
 from comfyui_tpu.runtime.registry import registry
 from tests.checkpoints import cogvideox as checkpoints
+from tests.checkpoints.tokenizer import CORPUS
 from tests.models.reference import COMPONENT_BOUND, FRAME_BOUND, LATENT_BOUND, relative_error
 
 SETTINGS = {
@@ -366,6 +368,55 @@ def test_nan_is_an_error_that_names_the_stage(single, reference_embeds):
     poisoned = torch.full_like(reference_embeds[0], float("nan"))
     with pytest.raises(NumericsError, match="transformer"):
         few_steps(single, (poisoned, reference_embeds[1]))
+
+
+# --- tokenizer --------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def sentencepiece_folder(folders, tmp_path):
+    """The checkpoint with the tokenizer files of the real repositories: no tokenizer.json."""
+    import sentencepiece
+
+    folder = tmp_path / "real-tokenizer"
+    shutil.copytree(folders["1.5-5b"], folder)
+    shutil.rmtree(folder / "tokenizer")
+    (folder / "tokenizer").mkdir()
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(CORPUS.splitlines()),
+        model_prefix=str(folder / "tokenizer" / "spiece"),
+        vocab_size=300,
+        hard_vocab_limit=False,
+        pad_id=0,
+        eos_id=1,
+        unk_id=2,
+        bos_id=-1,
+        minloglevel=2,
+    )
+    (folder / "tokenizer" / "spiece.vocab").unlink()
+    config = {"tokenizer_class": "T5Tokenizer", "extra_ids": 100, "legacy": True, "model_max_length": 226}
+    (folder / "tokenizer" / "tokenizer_config.json").write_text(json.dumps(config))
+    return folder
+
+
+def test_the_real_repositories_tokenizer_gives_sentencepieces_ids(sentencepiece_folder):
+    pytest.importorskip("google.protobuf")
+    import sentencepiece
+
+    tokenizer = cogvideox.CogVideoX(sentencepiece_folder)._tokenizer
+    pieces = sentencepiece.SentencePieceProcessor(str(sentencepiece_folder / "tokenizer" / "spiece.model"))
+    text = "A red fox runs through deep snow."
+    assert tokenizer(text).input_ids == [*pieces.encode(text), 1]
+
+
+def test_without_protobuf_the_real_tokenizer_says_what_to_install(sentencepiece_folder, monkeypatch):
+    find_spec = importlib.util.find_spec
+    hidden = lambda name, *rest: None if name == "google.protobuf" else find_spec(name, *rest)  # noqa: E731
+    monkeypatch.setattr(importlib.util, "find_spec", hidden)
+    registry().release_all()
+    with pytest.raises(CheckpointError, match="pip install protobuf"):
+        cogvideox.CogVideoX(sentencepiece_folder).encode_prompt(*PROMPTS)
+    assert registry().bytes_in_use == 0
 
 
 # --- previews ---------------------------------------------------------------------------------------------------------
