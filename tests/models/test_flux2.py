@@ -202,7 +202,7 @@ def test_a_seed_gives_the_same_latents_again_and_another_seed_others(single, emb
 
 def test_guidance_and_prompt_have_an_effect(single, embeds, two_steps):
     assert relative_error(few_steps(single, embeds, guidance_scale=1.0), two_steps) > 1e-3
-    assert relative_error(few_steps(single, single.encode_prompt("A green train")), two_steps) > 1e-3
+    assert relative_error(few_steps(single, single.encode_prompt("A green train")), two_steps) > 0.01
 
 
 def test_a_batch_is_what_the_pipeline_makes_of_it(single, reference, embeds):
@@ -450,7 +450,7 @@ def test_weights_are_spread_over_the_chips(folder):
 
 def test_stored_bfloat16_weights_give_what_the_reference_makes_of_them(tmp_path):
     folder = tiny.write(tmp_path / "bf16", dtype=torch.bfloat16, transformer={"num_layers": 1, "num_single_layers": 1})
-    pipeline = Flux2Pipeline.from_pretrained(folder, torch_dtype=torch.float32)
+    pipeline = Flux2Pipeline.from_pretrained(folder, dtype=torch.float32)
     ours = open_on(tuple(jax.devices()[:1]), folder)
     inputs = transformer_inputs()
     with torch.no_grad():
