@@ -13,7 +13,7 @@ import pytest
 from PIL import Image
 
 from bootstrap import demo, server
-from bootstrap.console import SetupError
+from bootstrap.console import Console, SetupError
 
 PROMPT = {
     "2": {"inputs": {"prompt": "a fox", "model_id": "wan21-tiny"}},
@@ -113,6 +113,23 @@ def test_a_real_models_workflow_is_no_demo():
     assert demo.model_ids(PROMPT) == ["wan21-tiny"]
     with pytest.raises(SetupError, match=r"Wan-AI/Wan2\.1-T2V-14B-Diffusers"):
         demo.model_ids({"1": {"inputs": {"model_id": "Wan-AI/Wan2.1-T2V-14B-Diffusers"}}})
+
+
+def test_the_pictures_a_workflow_loads_are_drawn_once(tmp_path):
+    prompt = {
+        "1": {"class_type": "LoadImage", "inputs": {"image": "example.png"}},
+        "2": {"class_type": "LoadImage", "inputs": {"image": "example.png"}},
+        "3": {"class_type": "PreviewImage", "inputs": {"image": ["1", 0]}},
+    }
+    assert demo.pictures(prompt) == ["example.png"]
+    target = tmp_path / "example.png"
+    demo.ensure_picture(Console(), target)
+    with Image.open(target) as picture:
+        assert (picture.mode, picture.size) == ("RGB", (384, 256))
+        assert len(picture.getcolors(2**16)) > 100
+    target.write_bytes(b"the user's own")
+    demo.ensure_picture(Console(), target)
+    assert target.read_bytes() == b"the user's own"
 
 
 LOG = """\
