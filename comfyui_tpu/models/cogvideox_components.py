@@ -206,6 +206,10 @@ class CogVideoXTextEncoder(DeviceModule):
 class CogVideoXTransformer(DeviceModule):
     """Called as ``CogVideoXTransformer3DModel``: latents ``[B, T, 16, h, w]`` → velocity of that shape, float32."""
 
+    # Sin-cos positions of the last size, on the devices: for a real video they are too many to make and send each step.
+    # Every run has its own copy of this object (with_options), which takes them along when it goes.
+    _placed_positions: tuple[torch.Size, Any] | None = None
+
     def __call__(
         self,
         hidden_states: torch.Tensor,
@@ -228,15 +232,18 @@ class CogVideoXTransformer(DeviceModule):
         if image_rotary_emb is not None:
             inputs["rotary"] = _with_text(image_rotary_emb, encoder_hidden_states.shape[1])
         elif not self.config.use_rotary_positional_embeddings:
-            frames, (height, width) = hidden_states.shape[1], hidden_states.shape[3:]
-            inputs["positions"] = self._positions(height, width, frames)
+            inputs["positions"] = self._positions(hidden_states.shape)
         sample = bridge.to_torch(self.run("denoise", inputs))
         return Transformer2DModelOutput(sample=sample) if return_dict else (sample,)
 
-    def _positions(self, height: int, width: int, frames: int) -> torch.Tensor:
-        """Sin-cos positions ``[1, 226 + tokens, inner_dim]`` for latents of this size; zero for the text."""
-        embed = self.skeleton.module.patch_embed
-        return embed._get_positional_embeddings(height, width, (frames - 1) * FRAMES_PER_LATENT + 1)
+    def _positions(self, shape: torch.Size) -> Any:
+        """Sin-cos positions ``[1, 226 + tokens, inner_dim]`` for latents of ``shape``, placed; zero for the text."""
+        if self._placed_positions is None or self._placed_positions[0] != shape:
+            _, frames, _, height, width = shape
+            embed = self.skeleton.module.patch_embed
+            positions = embed._get_positional_embeddings(height, width, (frames - 1) * FRAMES_PER_LATENT + 1)
+            self._placed_positions = (shape, self._place(positions))
+        return self._placed_positions[1]
 
 
 def _with_text(rotary: tuple[torch.Tensor, torch.Tensor], text_tokens: int) -> tuple[torch.Tensor, torch.Tensor]:

@@ -292,6 +292,16 @@ def test_without_guidance_the_negative_prompt_is_not_run(single, reference, refe
     assert relative_error(ours, expected) <= LATENT_BOUND
 
 
+def test_sin_cos_positions_are_made_once_a_run(single_2b, reference_embeds, monkeypatch):
+    embed, made = single_2b.transformer.skeleton.module.patch_embed, []
+    original = embed._get_positional_embeddings
+    monkeypatch.setattr(embed, "_get_positional_embeddings", lambda *size: made.append(size) or original(*size))
+    with torch.inference_mode():
+        few_steps(single_2b, reference_embeds)
+    assert made == [(8, 12, 9)]
+    assert single_2b.transformer._placed_positions is None, "a run must not leave its tables on the devices"
+
+
 def test_dynamic_guidance_agrees_with_the_pipeline(single, reference, reference_embeds):
     ours = few_steps(single, reference_embeds, dynamic_cfg=True)
     expected = stock_sample(reference, reference_embeds, use_dynamic_cfg=True, num_inference_steps=2)
