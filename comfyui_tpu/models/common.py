@@ -60,7 +60,7 @@ class OpenedModel:
             CheckpointError: it is not a complete checkpoint of this family in Diffusers layout.
         """
         fresh = cls(folder, devices)
-        key = (cls, *(component.key for component in fresh.components))
+        key = (cls, Path(folder).resolve(), *(component.key for component in fresh.components))
         with OpenedModel._opened_lock:
             opened = OpenedModel._opened
             if key not in opened:

@@ -13,7 +13,7 @@ import hashlib
 import json
 import re
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -66,16 +66,19 @@ class Options:
     smooth_keys: bool = False
 
 
-@dataclass(frozen=True)
-class _Source:
-    """A component folder's identity; it changes when its files do, so a replaced checkpoint is noticed."""
+def _weights_identity(folder: Path) -> str:
+    """Changes when a component's files do; equal for folders that hold links to the same weight files.
 
-    folder: Path
-    signature: str = field(init=False)
-
-    def __post_init__(self) -> None:
-        stats = [(p.name, p.stat().st_size, p.stat().st_mtime_ns) for p in sorted(self.folder.iterdir()) if p.is_file()]
-        object.__setattr__(self, "signature", hashlib.sha256(json.dumps(stats).encode()).hexdigest())
+    Weights are known by their place on the disk (a hash of 28 GB would take longer than loading them), the small files
+    beside them by their content.
+    """
+    identity = []
+    for path in sorted(p for p in folder.iterdir() if p.is_file()):
+        stat = path.stat()
+        place = [stat.st_dev, stat.st_ino, stat.st_size, stat.st_mtime_ns]
+        content = hashlib.sha256(path.read_bytes()).hexdigest() if path.suffix == ".json" else place
+        identity.append([path.name, content])
+    return hashlib.sha256(json.dumps(identity).encode()).hexdigest()
 
 
 class DeviceModule:
@@ -101,7 +104,7 @@ class DeviceModule:
         self.plan = plan or spec.default_plan(len(self.devices))
         self.mesh = mesh_of(self.plan, self.devices)
         self.options = Options()
-        self.source = _Source(self.folder)
+        self.identity = _weights_identity(self.folder)
         self.compute_dtype = _compute_dtype(spec, self.devices)
 
     @property
@@ -172,8 +175,8 @@ class DeviceModule:
 
     @functools.cached_property
     def key(self) -> tuple:
-        """Identity of the weights on the devices."""
-        return (self.spec.name, self.folder.resolve(), self.source.signature, self.plan, self.devices, self.dtype)
+        """Identity of the weights on the devices: checkpoints that share a component's files share its arrays."""
+        return (self.spec.build, self.identity, self.plan, self.devices, self.dtype)
 
     def _place(self, value: Any) -> jax.Array:
         """A CPU tensor as a device array; arrays that are on the devices stay there."""
@@ -188,8 +191,9 @@ class DeviceModule:
 
     def _program(self, method: str, kept: Any, given: Any) -> program.Program:
         described = tuple((path, x.shape, x.dtype, x.sharding) for path, x in jax.tree.leaves_with_path((kept, given)))
+        # Not the component's name: two experts of one architecture run the same program.
         key = (
-            *(self.spec.name, self._config_fingerprint, self.plan, self.devices, self.dtype, self.options),
+            *(self.spec.build, self._config_fingerprint, self.plan, self.devices, self.dtype, self.options),
             *(method, described),
         )
         # How long compilation takes depends on the sizes, so a person is told them.
@@ -199,7 +203,9 @@ class DeviceModule:
 
     @functools.cached_property
     def _config_fingerprint(self) -> str:
-        return hashlib.sha256(json.dumps(self.raw_config, sort_keys=True).encode()).hexdigest()
+        # Keys with an underscore say where the config came from, not what it describes.
+        config = {key: value for key, value in self.raw_config.items() if not key.startswith("_")}
+        return hashlib.sha256(json.dumps(config, sort_keys=True).encode()).hexdigest()
 
     def lower(self, method: str, kept: Mapping[str, Any], given: Mapping[str, Any]) -> jax.stages.Lowered:
         """Trace a method from shapes alone (pytrees of ShapeDtypeStructs with shardings; ``given`` is donated).

@@ -1,6 +1,7 @@
 """Wan 2.2 image-to-video against the stock ``WanImageToVideoPipeline`` on torch CPU float32."""
 
 import dataclasses
+import shutil
 
 import jax
 import pytest
@@ -9,6 +10,7 @@ from diffusers import WanImageToVideoPipeline
 
 from comfyui_tpu.models import wan
 from comfyui_tpu.models.wan_i2v import WanImageToVideo, fit_picture
+from comfyui_tpu.runtime import program
 from comfyui_tpu.runtime.errors import CheckpointError, InvalidInput
 from comfyui_tpu.runtime.plan import spatial, spread
 from tests.checkpoints import wan22, write
@@ -131,6 +133,32 @@ def test_the_second_expert_takes_over_at_the_boundary(monkeypatch, single, embed
     assert {name for name, _ in used} == {"transformer", "transformer_2"}
     for name, timestep in used:
         assert name == ("transformer" if timestep >= 900 else "transformer_2")
+
+
+def test_both_experts_run_the_same_compiled_program(single, embeds):
+    condition = single.encode_image(picture(), **SIZE)
+    few(single, embeds, condition, num_inference_steps=3)
+    transformer, second = single.transformer, single.transformer_2
+    assert transformer.key != second.key
+    before = len(program._programs)
+    few(single, embeds, condition, num_inference_steps=4)
+    denoising = [key for key in program._programs if key[0] is transformer.spec.build and "denoise" in key]
+    assert len(program._programs) == before
+    assert sum(key[1] == second._config_fingerprint and key[3] == second.devices for key in denoising) == 1
+
+
+def test_checkpoints_with_links_to_the_same_files_share_the_weights(tmp_path, folder):
+    t2v = write("wan21-tiny", tmp_path / "t2v")
+    linked = tmp_path / "linked"
+    shutil.copytree(folder, linked)
+    for path in (t2v / "vae").iterdir():
+        target = linked / "vae" / path.name
+        target.unlink(missing_ok=True)
+        target.symlink_to(path)
+    devices = tuple(jax.devices()[:1])
+    one, other = wan.WanTextToVideo(t2v, devices), WanImageToVideo(linked, devices)
+    assert one.vae.key == other.vae.key
+    assert one.transformer.key != other.transformer.key
 
 
 @pytest.mark.parametrize(("ratio", "expert"), [(0.0, "transformer"), (1.0, "transformer_2")])
