@@ -5,7 +5,6 @@ from __future__ import annotations
 import functools
 import importlib.util
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -22,7 +21,9 @@ from comfyui_tpu.models.cogvideox_components import (
     CogVideoXVAE,
 )
 from comfyui_tpu.models.common import (
+    DEFAULT_PLANS,
     OpenedModel,
+    Plans,
     StepInfo,
     finite,
     load_scheduler,
@@ -31,7 +32,6 @@ from comfyui_tpu.models.common import (
 )
 from comfyui_tpu.runtime.device_module import DeviceModule, Options
 from comfyui_tpu.runtime.errors import CheckpointError, InvalidInput
-from comfyui_tpu.runtime.plan import Plan
 
 SIZE_MULTIPLE = 16  # the autoencoder divides by 8, the transformer's patches by 2
 MIN_SIZE, MAX_SIZE = 16, 2048  # CogVideoX 1.5 knows positions up to 2400 pixels
@@ -73,19 +73,10 @@ def decoded_frames(latents: int) -> int:
     return FRAMES_PER_LATENT * (latents - 1) + 1 if latents % 2 else FRAMES_PER_LATENT * latents
 
 
-@dataclass(frozen=True)
-class Plans:
-    """Plans by component; None lets the number of chips decide."""
-
-    text_encoder: Plan | None = None
-    transformer: Plan | None = None
-    vae: Plan | None = None
-
-
 class CogVideoX(OpenedModel):
     """A CogVideoX 1.5 or 1.0 text-to-video checkpoint."""
 
-    def __init__(self, folder: Path, devices: tuple | None = None, plans: Plans = Plans()):
+    def __init__(self, folder: Path, devices: tuple | None = None, plans: Plans = DEFAULT_PLANS):
         self.folder = Path(folder)
         read_model_index(self.folder, "CogVideoXPipeline", "zai-org/CogVideoX1.5-5B")
         self.text_encoder = CogVideoXTextEncoder(TEXT_ENCODER, self.folder, devices=devices, plan=plans.text_encoder)
@@ -105,10 +96,6 @@ class CogVideoX(OpenedModel):
     @property
     def latent_channels(self) -> int:
         return self.vae.raw_config.get("latent_channels", 16)
-
-    def describe_plan(self) -> str:
-        """Which plan runs where, for people."""
-        return self.transformer.describe_plan()
 
     def encode_prompt(self, prompt: str, negative_prompt: str) -> tuple[torch.Tensor, torch.Tensor]:
         """Embeddings of both texts, each ``[1, 226, text_dim]`` float32."""

@@ -13,6 +13,7 @@ import torch
 from comfyui_tpu.runtime.checkpoint import read_config
 from comfyui_tpu.runtime.device_module import DeviceModule
 from comfyui_tpu.runtime.errors import CheckpointError, NumericsError
+from comfyui_tpu.runtime.plan import Plan
 
 
 @dataclass(frozen=True)
@@ -33,6 +34,18 @@ class StepInfo:
     expert: str = ""
 
 
+@dataclass(frozen=True)
+class Plans:
+    """Plans by component; None lets the number of chips decide."""
+
+    text_encoder: Plan | None = None
+    transformer: Plan | None = None
+    vae: Plan | None = None
+
+
+DEFAULT_PLANS = Plans()
+
+
 class OpenedModel:
     """A checkpoint whose components are device modules. Opening reads configs and headers; weights load when used.
 
@@ -44,10 +57,15 @@ class OpenedModel:
     _OPENED_MAX: ClassVar[int] = 8  # modules without weights, a few MB each
 
     folder: Path
+    transformer: DeviceModule
 
     @property
     def components(self) -> tuple[DeviceModule, ...]:
         raise NotImplementedError
+
+    def describe_plan(self) -> str:
+        """Which plan runs where, for people."""
+        return self.transformer.describe_plan()
 
     @classmethod
     def open(cls, folder: Path, devices: tuple | None = None) -> Self:

@@ -11,13 +11,20 @@ import itertools
 import threading
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from comfyui_tpu.models.common import OpenedModel, StepInfo, finite, load_scheduler, read_model_index
+from comfyui_tpu.models.common import (
+    DEFAULT_PLANS,
+    OpenedModel,
+    Plans,
+    StepInfo,
+    finite,
+    load_scheduler,
+    read_model_index,
+)
 from comfyui_tpu.models.flux2_components import (
     TEXT_ENCODER,
     TRANSFORMER,
@@ -28,7 +35,6 @@ from comfyui_tpu.models.flux2_components import (
 )
 from comfyui_tpu.runtime.device_module import DeviceModule, Options
 from comfyui_tpu.runtime.errors import CheckpointError, InvalidInput
-from comfyui_tpu.runtime.plan import Plan
 
 SIZE_MULTIPLE = 16  # the autoencoder divides by 8, the latents' patches by 2
 MIN_SIZE, MAX_SIZE = 256, 2048
@@ -50,19 +56,10 @@ def check_image_size(height: int, width: int) -> None:
             )
 
 
-@dataclass(frozen=True)
-class Plans:
-    """Plans by component; None lets the number of chips decide."""
-
-    text_encoder: Plan | None = None
-    transformer: Plan | None = None
-    vae: Plan | None = None
-
-
 class Flux2(OpenedModel):
     """A FLUX.2-dev checkpoint. Opening reads configs and headers only; weights load when a component first runs."""
 
-    def __init__(self, folder: Path, devices: tuple | None = None, plans: Plans = Plans()):
+    def __init__(self, folder: Path, devices: tuple | None = None, plans: Plans = DEFAULT_PLANS):
         self.folder = Path(folder)
         read_model_index(self.folder, "Flux2Pipeline", "black-forest-labs/FLUX.2-dev")
         self.text_encoder = Flux2TextEncoder(TEXT_ENCODER, self.folder, devices=devices, plan=plans.text_encoder)
@@ -83,10 +80,6 @@ class Flux2(OpenedModel):
     @property
     def latent_channels(self) -> int:
         return self.transformer.raw_config.get("in_channels", 128)
-
-    def describe_plan(self) -> str:
-        """Which plan runs where, for people."""
-        return self.transformer.describe_plan()
 
     def is_encoded(self, prompt: str) -> bool:
         """Whether :meth:`encode_prompt` has the embeddings of ``prompt`` in memory."""

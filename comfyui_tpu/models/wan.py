@@ -8,14 +8,15 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
 
 from comfyui_tpu.models.common import (
+    DEFAULT_PLANS,
     OpenedModel,
+    Plans,
     StepInfo,
     clean_latents,
     finite,
@@ -27,7 +28,7 @@ from comfyui_tpu.models.wan_attention import WanAttention
 from comfyui_tpu.runtime import causal
 from comfyui_tpu.runtime.device_module import ComponentSpec, DeviceModule, Options
 from comfyui_tpu.runtime.errors import CheckpointError, InvalidInput
-from comfyui_tpu.runtime.plan import Plan, spatial, spread
+from comfyui_tpu.runtime.plan import spatial, spread
 
 SIZE_MULTIPLE = 16  # the autoencoder divides by 8, the transformer's patches by 2
 MIN_SIZE, MAX_SIZE = 256, 1280
@@ -237,22 +238,13 @@ class WanVAE(DeviceModule):
 # --- text to video ----------------------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class Plans:
-    """Plans by component; None lets the number of chips decide."""
-
-    text_encoder: Plan | None = None
-    transformer: Plan | None = None
-    vae: Plan | None = None
-
-
 class WanModel(OpenedModel):
     """What text-to-video and image-to-video share: components, text encoding, decoding."""
 
     pipeline_class: ClassVar[str]
     example: ClassVar[str]
 
-    def __init__(self, folder: Path, devices: tuple | None = None, plans: Plans = Plans()):
+    def __init__(self, folder: Path, devices: tuple | None = None, plans: Plans = DEFAULT_PLANS):
         self.folder = Path(folder)
         self.index = read_model_index(self.folder, self.pipeline_class, self.example)
         if self.index.get("expand_timesteps"):
@@ -282,10 +274,6 @@ class WanModel(OpenedModel):
     @property
     def latent_channels(self) -> int:
         return self.vae.raw_config.get("z_dim", 16)
-
-    def describe_plan(self) -> str:
-        """Which plan runs where, for people."""
-        return self.transformer.describe_plan()
 
     def encode_prompt(self, prompt: str, negative_prompt: str) -> tuple[torch.Tensor, torch.Tensor]:
         """Embeddings of both texts, each ``[1, 512, text_dim]`` float32."""

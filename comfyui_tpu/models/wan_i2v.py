@@ -14,8 +14,8 @@ from typing import Literal
 
 import torch
 
-from comfyui_tpu.models.common import StepInfo, finite
-from comfyui_tpu.models.wan import Plans, WanModel, check_video_size
+from comfyui_tpu.models.common import DEFAULT_PLANS, Plans, StepInfo, finite
+from comfyui_tpu.models.wan import WanModel, check_video_size
 from comfyui_tpu.runtime import bridge
 from comfyui_tpu.runtime.device_module import ComponentSpec, DeviceModule, Options
 from comfyui_tpu.runtime.errors import CheckpointError, InvalidInput
@@ -137,8 +137,7 @@ class WanImageToVideo(WanModel):
     pipeline_class = "WanImageToVideoPipeline"
     example = "Wan-AI/Wan2.2-I2V-A14B-Diffusers"
 
-    def __init__(self, folder: Path, devices: tuple | None = None, plans: Plans | None = None):
-        plans = plans or Plans()
+    def __init__(self, folder: Path, devices: tuple | None = None, plans: Plans = DEFAULT_PLANS):
         super().__init__(folder, devices, plans)
         expected = 20 + self.latent_channels
         found = self.transformer.raw_config.get("in_channels")
