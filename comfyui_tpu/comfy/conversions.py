@@ -45,7 +45,7 @@ def check_ranges(ranges: Ranges, values: Mapping[str, float]) -> None:
 
 
 def check_choice(name: str, value: Any, choices: tuple[str, ...]) -> None:
-    """Core checks choices only for values picked on a node, not for linked ones."""
+    """Core 0.3.75 does not check the choices of V3 nodes, neither picked nor linked ones."""
     if value not in choices:
         raise InvalidInput(f"{name} must be one of {', '.join(choices)}, but {value!r} came.")
 

@@ -132,7 +132,7 @@ class CogVideoX(OpenedModel):
             prompt_embeds, negative_prompt_embeds: ``[B, 226, text_dim]``; the negative one counts when
                 ``guidance_scale`` is above 1.
             scheduler: ``"checkpoint"``: the one it ships; or DPM-Solver++ or DDIM with its settings.
-            dynamic_cfg: let the guidance follow the pipeline's cosine schedule.
+            dynamic_cfg: let the guidance vary between 1 and 1 + ``guidance_scale``, as Diffusers does.
             k_smooth: subtract the mean key in attention (exact in theory, kinder to low precision).
             on_step: called after each step; may raise to stop.
         """
