@@ -25,10 +25,12 @@ from comfyui_tpu.models.common import (
     OpenedModel,
     Plans,
     StepInfo,
+    check_side,
     finite,
     load_scheduler,
     load_tokenizer,
     read_model_index,
+    video_frames,
 )
 from comfyui_tpu.runtime.device_module import DeviceModule, Options
 from comfyui_tpu.runtime.errors import CheckpointError, InvalidInput
@@ -45,12 +47,7 @@ SCHEDULERS = {"dpm": "CogVideoXDPMScheduler", "ddim": "CogVideoXDDIMScheduler"}
 def check_video_size(height: int, width: int, num_frames: int) -> None:
     """Raise InvalidInput unless CogVideoX makes videos of ``height`` × ``width`` pixels and ``num_frames`` frames."""
     for name, value in (("height", height), ("width", width)):
-        if not MIN_SIZE <= value <= MAX_SIZE or value % SIZE_MULTIPLE:
-            nearest = min(max(round(value / SIZE_MULTIPLE) * SIZE_MULTIPLE, MIN_SIZE), MAX_SIZE)
-            raise InvalidInput(
-                f"{name} must be a multiple of {SIZE_MULTIPLE} from {MIN_SIZE} to {MAX_SIZE}; got {value}. "
-                f"Nearest: {nearest}."
-            )
+        check_side(name, value, MIN_SIZE, MAX_SIZE, SIZE_MULTIPLE)
     if not MIN_FRAMES <= num_frames <= MAX_FRAMES:
         raise InvalidInput(
             f"num_frames must be from {MIN_FRAMES} to {MAX_FRAMES}; got {num_frames}. "
@@ -182,9 +179,7 @@ class CogVideoX(OpenedModel):
                 f"{num_frames}. Decode the latents with the num_frames they were sampled for."
             )
         video = finite(self.vae.decode(latents, return_dict=False)[0], "video autoencoder")[:, :, :num_frames]
-        # Diffusers' VideoProcessor: (x/2 + 0.5) clamped; in place, a 720p clip is close to a gigabyte.
-        video = video.mul_(0.5).add_(0.5).clamp_(0.0, 1.0)
-        return video.permute(0, 2, 3, 4, 1).flatten(0, 1).contiguous()
+        return video_frames(video)
 
     def latent_rgb_factors(self) -> tuple[torch.Tensor, torch.Tensor]:
         """``(factors [16, 3], bias [3])``: ``latents · factors + bias`` is about the picture's RGB in -1..1.

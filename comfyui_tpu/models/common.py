@@ -12,7 +12,7 @@ import torch
 
 from comfyui_tpu.runtime.checkpoint import read_config
 from comfyui_tpu.runtime.device_module import DeviceModule
-from comfyui_tpu.runtime.errors import CheckpointError, NumericsError
+from comfyui_tpu.runtime.errors import CheckpointError, InvalidInput, NumericsError
 from comfyui_tpu.runtime.plan import Plan
 
 
@@ -91,6 +91,20 @@ class OpenedModel:
             return opened[key]
 
 
+def check_side(name: str, value: int, low: int, high: int, multiple: int) -> None:
+    """Raise InvalidInput with both values and the nearest possible one unless ``value`` pixels can be made."""
+    if not low <= value <= high or value % multiple:
+        raise InvalidInput(
+            f"{name} must be a multiple of {multiple} from {low} to {high}; got {value}. "
+            f"Nearest: {nearest(value, low, high, multiple)}."
+        )
+
+
+def nearest(value: int, low: int, high: int, step: int, remainder: int = 0) -> int:
+    """The number from ``low`` to ``high`` nearest to ``value`` that is ``remainder`` modulo ``step``."""
+    return min(max(round((value - remainder) / step) * step + remainder, low), high)
+
+
 def read_model_index(folder: Path, expected: str, example: str) -> dict[str, Any]:
     """``model_index.json`` of a checkpoint for the pipeline class ``expected``; ``example`` is a repo id that has one.
 
@@ -150,3 +164,11 @@ def finite(tensor: torch.Tensor, stage: str) -> torch.Tensor:
             "embeddings); if they are right, please report it with the workflow."
         )
     return tensor
+
+
+def video_frames(video: torch.Tensor) -> torch.Tensor:
+    """A decoder's ``[B, 3, T, H, W]`` in -1..1 → frames ``[B·T, H, W, 3]`` in 0..1; ``video`` is overwritten.
+
+    Diffusers' VideoProcessor: (x/2 + 0.5) clamped; in place, a 720p clip is close to a gigabyte.
+    """
+    return video.mul_(0.5).add_(0.5).clamp_(0.0, 1.0).permute(0, 2, 3, 4, 1).flatten(0, 1).contiguous()

@@ -21,6 +21,7 @@ from comfyui_tpu.models.common import (
     OpenedModel,
     Plans,
     StepInfo,
+    check_side,
     finite,
     load_scheduler,
     read_model_index,
@@ -48,12 +49,7 @@ _PROMPTS_KEPT = 8  # embeddings of 512 × 15360 take 16 MB in bfloat16
 def check_image_size(height: int, width: int) -> None:
     """Raise InvalidInput unless Flux.2 can make a picture of ``height`` × ``width`` pixels."""
     for name, value in (("height", height), ("width", width)):
-        if not MIN_SIZE <= value <= MAX_SIZE or value % SIZE_MULTIPLE:
-            nearest = min(max(round(value / SIZE_MULTIPLE) * SIZE_MULTIPLE, MIN_SIZE), MAX_SIZE)
-            raise InvalidInput(
-                f"{name} must be a multiple of {SIZE_MULTIPLE} from {MIN_SIZE} to {MAX_SIZE}; got {value}. "
-                f"Nearest: {nearest}."
-            )
+        check_side(name, value, MIN_SIZE, MAX_SIZE, SIZE_MULTIPLE)
 
 
 class Flux2(OpenedModel):

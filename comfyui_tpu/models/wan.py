@@ -18,14 +18,17 @@ from comfyui_tpu.models.common import (
     OpenedModel,
     Plans,
     StepInfo,
+    check_side,
     clean_latents,
     finite,
     load_scheduler,
     load_tokenizer,
+    nearest,
     read_model_index,
+    video_frames,
 )
-from comfyui_tpu.models.wan_attention import WanAttention
-from comfyui_tpu.runtime import causal
+from comfyui_tpu.models.wan_attention import TEXT_TOKENS, WanAttention
+from comfyui_tpu.runtime import bridge, causal
 from comfyui_tpu.runtime.device_module import ComponentSpec, DeviceModule, Options
 from comfyui_tpu.runtime.errors import CheckpointError, InvalidInput
 from comfyui_tpu.runtime.plan import spatial, spread
@@ -33,7 +36,6 @@ from comfyui_tpu.runtime.plan import spatial, spread
 SIZE_MULTIPLE = 16  # the autoencoder divides by 8, the transformer's patches by 2
 MIN_SIZE, MAX_SIZE = 256, 1280
 MIN_FRAMES, MAX_FRAMES, FRAMES_PER_LATENT = 17, 121, 4
-TEXT_TOKENS = 512
 
 # Float32 bytes of the widest activation (base_dim channels at full size) that one decoded chunk may have on a chip.
 # Around five of them live at once, which keeps the decoder below 8 GiB.
@@ -44,20 +46,12 @@ MAX_CHUNK_LATENTS = 4
 def check_video_size(height: int, width: int, num_frames: int) -> None:
     """Raise InvalidInput unless Wan can make a video of ``height`` × ``width`` pixels and ``num_frames`` frames."""
     for name, value in (("height", height), ("width", width)):
-        if not MIN_SIZE <= value <= MAX_SIZE or value % SIZE_MULTIPLE:
-            raise InvalidInput(
-                f"{name} must be a multiple of {SIZE_MULTIPLE} from {MIN_SIZE} to {MAX_SIZE}; got {value}. "
-                f"Nearest: {_nearest(value, MIN_SIZE, MAX_SIZE, SIZE_MULTIPLE, 0)}."
-            )
+        check_side(name, value, MIN_SIZE, MAX_SIZE, SIZE_MULTIPLE)
     if not MIN_FRAMES <= num_frames <= MAX_FRAMES or num_frames % FRAMES_PER_LATENT != 1:
         raise InvalidInput(
             f"num_frames must be 4n + 1 from {MIN_FRAMES} to {MAX_FRAMES} (17, 21, …, 81, …, 121); got {num_frames}. "
-            f"Nearest: {_nearest(num_frames, MIN_FRAMES, MAX_FRAMES, FRAMES_PER_LATENT, 1)}."
+            f"Nearest: {nearest(num_frames, MIN_FRAMES, MAX_FRAMES, FRAMES_PER_LATENT, 1)}."
         )
-
-
-def _nearest(value: int, low: int, high: int, step: int, remainder: int) -> int:
-    return min(max(round((value - remainder) / step) * step + remainder, low), high)
 
 
 # --- components -------------------------------------------------------------------------------------------------------
@@ -165,10 +159,8 @@ class WanTextEncoder(DeviceModule):
     def __call__(self, input_ids: torch.Tensor, attention_mask: torch.Tensor):
         from transformers.modeling_outputs import BaseModelOutput
 
-        from comfyui_tpu.runtime.bridge import to_torch
-
         out = self.run("encode", {"input_ids": input_ids, "attention_mask": attention_mask})
-        return BaseModelOutput(last_hidden_state=to_torch(out))
+        return BaseModelOutput(last_hidden_state=bridge.to_torch(out))
 
 
 class WanTransformer(DeviceModule):
@@ -185,8 +177,6 @@ class WanTransformer(DeviceModule):
     ):
         from diffusers.models.modeling_outputs import Transformer2DModelOutput
 
-        from comfyui_tpu.runtime.bridge import to_torch
-
         if attention_kwargs:
             raise InvalidInput(f"attention_kwargs are not supported on the TPU; got {sorted(attention_kwargs)}.")
         inputs = {
@@ -196,7 +186,7 @@ class WanTransformer(DeviceModule):
         }
         if encoder_hidden_states_image is not None:
             inputs["encoder_hidden_states_image"] = encoder_hidden_states_image
-        sample = to_torch(self.run("denoise", inputs))
+        sample = bridge.to_torch(self.run("denoise", inputs))
         return Transformer2DModelOutput(sample=sample) if return_dict else (sample,)
 
 
@@ -287,10 +277,7 @@ class WanModel(OpenedModel):
 
     def decode(self, latents: torch.Tensor) -> torch.Tensor:
         """Latents as ``sample`` returns them → frames ``[B·num_frames, H, W, 3]`` float32 in 0..1."""
-        frames = finite(self.vae.decode(latents.float(), return_dict=False)[0], "video autoencoder")
-        # Diffusers' VideoProcessor: (x/2 + 0.5) clamped; in place, a 720p clip is close to a gigabyte.
-        frames = frames.mul_(0.5).add_(0.5).clamp_(0.0, 1.0)
-        return frames.permute(0, 2, 3, 4, 1).flatten(0, 1).contiguous()
+        return video_frames(finite(self.vae.decode(latents.float(), return_dict=False)[0], "video autoencoder"))
 
     def latent_statistics(self) -> tuple[torch.Tensor, torch.Tensor]:
         """Mean and standard deviation of the autoencoder's latents, each ``[1, 16, 1, 1, 1]``."""
@@ -356,7 +343,8 @@ class WanModel(OpenedModel):
         if flow_shift is None:
             return plain
         # UniPC calls it flow_shift, the flow-matching schedulers shift.
-        return load_scheduler(self.folder, **{"flow_shift" if "flow_shift" in plain.config else "shift": flow_shift})
+        key = "flow_shift" if "flow_shift" in plain.config else "shift"
+        return type(plain).from_config(plain.config, **{key: flow_shift})
 
 
 class WanTextToVideo(WanModel):

@@ -153,7 +153,7 @@ class DeviceModule:
         kept = {name: value for name, value in placed.items() if name not in donate}
         given = {name: value for name, value in placed.items() if name in donate}
         label = f"{self.spec.name} of {self.folder.parent.name}"
-        with registry().lease(self.key, label, self._load, self._bytes_per_device()) as params:
+        with registry().lease(self.key, label, self._load, self._bytes_per_device) as params:
             executable = self._program(method, program.abstract(kept), program.abstract(given))
             work = lambda: jax.block_until_ready(executable.run(dict(params), kept, given))  # noqa: E731
             # A failed run may already have consumed what it was given, so only runs without donations can be repeated.
@@ -250,7 +250,9 @@ class DeviceModule:
     def _weight_sharding(self, name: str, weight: skeleton.Weight) -> jax.sharding.Sharding:
         return sharding(self.plan, self.devices, self.plan.weight_spec(name, weight.shape, weight.stacked))
 
+    @functools.cached_property
     def _bytes_per_device(self) -> int:
+        # Kept: every step of every run asks for it, whether or not the weights have to be loaded.
         return sum(
             int(np.prod(s.sharding.shard_shape(s.shape))) * s.dtype.itemsize for s in self.parameter_shapes().values()
         )
