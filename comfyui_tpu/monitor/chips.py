@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 from comfyui_tpu.monitor.sample import Chip, Chips, Reason
+from comfyui_tpu.monitor.tensorcore import TensorCores
 
 PORTS_VARIABLE = "TPU_RUNTIME_METRICS_PORTS"
 DEFAULT_PORT = 8431
@@ -98,7 +99,8 @@ class _Service:
 class RuntimeMetrics:
     """HBM and duty cycle of every device whose runtime answers. Never starts a runtime, never opens a device."""
 
-    def __init__(self, on_ports: Iterable[int] | None = None) -> None:
+    def __init__(self, on_ports: Iterable[int] | None = None, sdk: str | None = None) -> None:
+        self._tensorcores = TensorCores(sdk)
         self._ports = None if on_ports is None else tuple(on_ports)
         self._services: list[_Service] | None = None
         self._hardware: _Hardware | None = None
@@ -116,13 +118,12 @@ class RuntimeMetrics:
         found, reasons = self._read_services()
         now = time.monotonic()
         if found and not any(reason.code == "late" for reason in reasons):
-            # Renumbered, because each of several services counts its own devices from 0.
-            chips = tuple(replace(chip, index=index) for index, chip in enumerate(found))
-            self._last, self._last_time = Chips(chips, self._hardware.kind, unavailable=_missing(chips, reasons)), now
+            self._last, self._last_time = self._complete(found, reasons), now
             return self._last
         return self._without_answer(reasons[0], now - self._last_time)
 
     def close(self) -> None:
+        self._tensorcores.close()
         for service in self._services or ():
             service.close()
         self._services, self._last = None, None
@@ -145,6 +146,26 @@ class RuntimeMetrics:
                     reasons.append(_why(error, service.port))
             chips += _devices(answers)
         return chips, reasons
+
+    def _complete(self, found: list[Chip], reasons: list[Reason]) -> Chips:
+        # Renumbered, because each of several services counts its own devices from 0.
+        chips = tuple(replace(chip, index=index) for index, chip in enumerate(found))
+        missing = _missing(chips, reasons)
+        percents, reason = self._utilization(len(chips))
+        if reason is None:
+            chips = tuple(replace(chip, tensorcore_utilization=p) for chip, p in zip(chips, percents, strict=True))
+        else:
+            missing["tensorcore_utilization"] = reason
+        return Chips(chips, self._hardware.kind, unavailable=missing)
+
+    def _utilization(self, count: int) -> tuple[Sequence[float], Reason | None]:
+        """TensorCore utilisation of ``count`` devices, or why there is none."""
+        if not self._hardware.devices and not self._tensorcores.replaced:
+            return (), Reason("no-chip", "No TPU chip is on this machine's PCI bus for libtpu's SDK to ask.")
+        percents, reason = self._tensorcores.read()
+        if reason is None and len(percents) != count:
+            reason = Reason("sdk", f"libtpu's SDK told {len(percents)} values for {count} devices.")
+        return percents, reason
 
     def _without_answer(self, reason: Reason, age: float) -> Chips:
         """What is left to show: figures that are a little old, or only what the PCI bus shows."""

@@ -7,7 +7,7 @@ import logging
 import threading
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -65,6 +65,14 @@ class Chips:
     kind: str | None = None
     age: float = 0.0
     unavailable: Mapping[str, Reason] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class InProcess:
+    """What this very process knows of the devices. ``held``: component → bytes; ``chips``: only if it runs JAX."""
+
+    held: Mapping[str, int] = field(default_factory=dict)
+    chips: tuple[Chip, ...] = ()
 
 
 class ChipReader(Protocol):
@@ -146,18 +154,20 @@ class Sampler:
 
     Args:
         chips: reads the TPU; None: the runtime metrics service of this machine.
-        held: what this process keeps on the devices, label → bytes; must not start JAX to find out.
+        in_process: what this process knows of the devices; must not start JAX to find out. Its HBM figures stand in
+            where the metrics service has none.
     """
 
-    def __init__(self, chips: ChipReader | None = None, held: Callable[[], Mapping[str, int]] = dict) -> None:
+    def __init__(self, chips: ChipReader | None = None, in_process: Callable[[], InProcess] = InProcess) -> None:
         self._chips = chips
-        self._held = held
+        self._in_process = in_process
         self._lock = threading.Lock()
         self._cpu = CpuMeter()
 
     def sample(self) -> Sample:
         with self._lock:
-            chips = self._read_chips()
+            here = self._in_process()
+            chips = _completed(self._read_chips(), here.chips)
             ram = psutil.virtual_memory()
             return Sample(
                 time=time.time(),
@@ -167,7 +177,7 @@ class Sampler:
                 chips=chips.chips,
                 chip_kind=chips.kind,
                 chips_age=chips.age,
-                held=dict(self._held()),
+                held=dict(here.held),
                 unavailable=chips.unavailable,
             )
 
@@ -188,3 +198,15 @@ class Sampler:
             # A monitor that stops the show is worse than one that says it does not know.
             log.exception("reading the TPU's metrics failed")
             return Chips(unavailable={"chips": Reason("error", f"{type(error).__name__}: {error}")})
+
+
+def _completed(found: Chips, here: tuple[Chip, ...]) -> Chips:
+    """``found`` with the HBM figures of this process, if the metrics service told none."""
+    if not here or any(chip.hbm_used is not None for chip in found.chips):
+        return found
+    missing = dict(found.unavailable)
+    reason = missing.pop("chips", None)
+    if reason is not None:
+        missing |= dict.fromkeys(("duty_cycle", "tensorcore_utilization"), reason)
+    missing.pop("hbm", None)
+    return replace(found, chips=here, unavailable=missing)

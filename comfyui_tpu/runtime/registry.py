@@ -67,6 +67,12 @@ class Registry:
             entries = sorted(self._entries.values(), key=lambda entry: -entry.last_used)
             return {entry.label: entry.bytes for entry in entries}
 
+    def devices(self) -> set[jax.Device]:
+        """This process's devices that hold something. Never initialises JAX: who holds nothing has none."""
+        with self._lock:
+            arrays = [array for entry in self._entries.values() for array in entry.arrays.values()]
+            return {device for array in arrays for device in array.sharding.addressable_devices}
+
     @contextlib.contextmanager
     def lease(
         self, key: Hashable, label: str, load: Callable[[], Arrays], bytes_per_device: int = 0

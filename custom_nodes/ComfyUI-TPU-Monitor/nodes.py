@@ -1,0 +1,20 @@
+"""The monitor's nodes."""
+
+from comfy_api.latest import ComfyExtension, io
+from typing_extensions import override
+
+from comfyui_tpu.comfy.frontend import register_frontend
+from comfyui_tpu.comfy.unload import install_unload_hook
+
+
+class TPUMonitorExtension(ComfyExtension):
+    @override
+    async def get_node_list(self) -> list[type[io.ComfyNode]]:
+        return []
+
+
+async def comfy_entrypoint() -> TPUMonitorExtension:
+    # Here and not in ComfyExtension.on_load, which ComfyUI 0.3.75 never calls.
+    install_unload_hook()
+    register_frontend()
+    return TPUMonitorExtension()
