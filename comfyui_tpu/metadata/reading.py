@@ -56,6 +56,24 @@ def read_metadata(path: Path, subfolder: str = "", folder_type: str = "input") -
     return Metadata({**fileinfo, **info}, prompt, workflow, extra)
 
 
+def describe_file(metadata: Metadata) -> str:
+    """A few lines for people about the file itself."""
+    info = metadata.fileinfo
+    lines = [
+        f"File: {'/'.join(filter(None, (info['subfolder'], info['filename'])))} [{info['type']}]",
+        f"Format: {info['format']}",
+        f"Resolution: {info['width']} × {info['height']}",
+        f"Size: {info['size']:,} bytes",
+        f"Date: {info['modified']}",
+    ]
+    if (info.get("frames") or 1) > 1:
+        lines.append(f"Frames: {info['frames']}")
+    if info.get("duration"):
+        lines.append(f"Duration: {info['duration']:g} s at {info.get('fps') or 0:g} fps")
+    held = [name for name in ("prompt", "workflow") if getattr(metadata, name) is not None]
+    return "\n".join([*lines, f"Holds: {', '.join([*held, *map(str, metadata.extra)]) or 'no metadata'}"])
+
+
 def load_frames(path: Path, video_count: int = 1) -> list[Image.Image]:
     """The frames of a picture or an animation, or the first ``video_count`` frames of a video (0: all)."""
     return video_frames(path, video_count) if container_format(_head(path)) else picture_frames(path)

@@ -1,4 +1,4 @@
-"""The monitor's nodes."""
+"""The monitor's nodes: metadata, showing values, JSON, lists, switches, pipes, primitives."""
 
 from comfy_api.latest import ComfyExtension, io
 from typing_extensions import override
@@ -6,11 +6,13 @@ from typing_extensions import override
 from comfyui_tpu.comfy.frontend import register_frontend
 from comfyui_tpu.comfy.unload import install_unload_hook
 
+from . import nodes_flow, nodes_json, nodes_metadata
+
 
 class TPUMonitorExtension(ComfyExtension):
     @override
     async def get_node_list(self) -> list[type[io.ComfyNode]]:
-        return []
+        return [*nodes_metadata.NODES, *nodes_json.NODES, *nodes_flow.NODES]
 
 
 async def comfy_entrypoint() -> TPUMonitorExtension:
