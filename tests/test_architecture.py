@@ -1,6 +1,8 @@
 """Who may import whom (shared/design/architecture.md), read from the source."""
 
 import ast
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -32,7 +34,7 @@ def name(path: Path) -> str:
     return str(path.relative_to(REPOSITORY))
 
 
-@pytest.mark.parametrize("path", files("ops", "runtime", "models"), ids=name)
+@pytest.mark.parametrize("path", files("ops", "runtime", "models", "monitor"), ids=name)
 def test_only_the_comfy_room_imports_comfyui(path):
     assert not {i for i in imports(path) if i.split(".")[0] in COMFYUI}
 
@@ -52,6 +54,24 @@ def test_the_runtime_knows_no_model(path):
 @pytest.mark.parametrize("path", files("models"), ids=name)
 def test_models_import_only_downwards(path):
     assert not {i for i in imports(path) if i.startswith("comfyui_tpu.comfy") and i[17:18] in {"", "."}}
+
+
+@pytest.mark.parametrize("path", files("monitor"), ids=name)
+def test_the_monitor_imports_neither_jax_nor_torch_nor_another_room(path):
+    """It must not take the TPU, nor wait for whoever has it."""
+    allowed = set(sys.stdlib_module_names) | {"comfyui_tpu", "grpc", "psutil", "tpu_info"}
+    assert {i.split(".")[0] for i in imports(path)} <= allowed
+    assert not {i for i in imports(path) if i.startswith("comfyui_tpu") and not i.startswith("comfyui_tpu.monitor")}
+
+
+def test_a_sample_needs_neither_jax_nor_torch():
+    """In a process of its own, with everything that is imported late."""
+    code = (
+        "import sys; from comfyui_tpu.monitor.sample import Sampler; Sampler().sample();"
+        "assert 'grpc' in sys.modules; print(sorted({'jax', 'jaxlib', 'libtpu', 'torch'} & set(sys.modules)))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, cwd=REPOSITORY)
+    assert (done.stdout, done.returncode) == ("[]\n", 0), done.stderr
 
 
 def test_nothing_process_wide_is_switched_on():

@@ -160,11 +160,11 @@ def add_routes(routes: web.RouteTableDef, monitor: Monitor, clients: Mapping[str
 
 
 def start_monitor(make_sampler: Callable[[], Sampler] = lambda: Sampler(in_process=in_process)) -> None:
-    """Add the monitor to the running ComfyUI server. Safe to call again."""
+    """Add the monitor to the running ComfyUI server. Safe to call again, and where there is no server."""
     from server import PromptServer
 
-    server = PromptServer.instance
-    if hasattr(server, "tpu_monitor"):
+    server = getattr(PromptServer, "instance", None)
+    if server is None or hasattr(server, "tpu_monitor"):
         return
     server.tpu_monitor = Monitor(server, make_sampler())
     add_routes(server.routes, server.tpu_monitor, server.sockets)

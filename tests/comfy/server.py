@@ -14,7 +14,7 @@ import time
 import urllib.error
 import urllib.request
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -72,8 +72,11 @@ class Run:
 class ComfyServer:
     """``with ComfyServer(checkout, base) as server``: started, answering, and stopped in the end."""
 
-    def __init__(self, checkout: Path, base: Path):
+    def __init__(
+        self, checkout: Path, base: Path, arguments: Sequence[str] = (), environment: Mapping[str, str] | None = None
+    ):
         self.checkout, self.base = checkout, base
+        self.arguments, self.environment = arguments, environment or {}
         self.log_path = base / "server.log"
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
@@ -83,7 +86,9 @@ class ComfyServer:
     def __enter__(self) -> ComfyServer:
         command = [sys.executable, "main.py", "--cpu", "--port", str(self.port), "--base-directory", str(self.base)]
         command += ["--disable-api-nodes", "--database-url", "sqlite:///:memory:", "--preview-method", "latent2rgb"]
+        command += self.arguments
         environment = {**os.environ, "JAX_PLATFORMS": "cpu", "PYTHONPATH": str(REPOSITORY), "PYTHONUNBUFFERED": "1"}
+        environment |= self.environment
         # The demo's user has one CPU device; plans over eight are tested elsewhere.
         environment.pop("XLA_FLAGS", None)
         with self.log_path.open("w") as log:
