@@ -111,7 +111,9 @@ class Monitor:
         if not due:
             return
         for listener in due.values():
-            listener.due = max(listener.due + listener.rate, now)
+            # In step with its own clock; what was missed is not made up for.
+            next_due = listener.due + listener.rate
+            listener.due = next_due if next_due > now else now + listener.rate
         message = (await self.sample()).to_json()
         if self._server.messages.qsize() <= MAX_QUEUED:
             for client_id in due:

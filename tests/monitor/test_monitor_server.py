@@ -1,0 +1,283 @@
+"""Who gets samples and when, and what the routes accept. The event loop and the web server are real."""
+
+import asyncio
+import sys
+import threading
+from types import ModuleType, SimpleNamespace
+
+import pytest
+from aiohttp import web
+from aiohttp.test_utils import TestClient, TestServer
+
+from comfyui_tpu.comfy import monitor_server
+from comfyui_tpu.comfy.monitor_server import BadRequest, Monitor, add_routes, in_process, listening, start_monitor
+from comfyui_tpu.monitor.sample import Sample, Space
+
+
+class FakeSampler:
+    """Counts, and remembers on which threads it was asked."""
+
+    def __init__(self):
+        self.taken = self.closed = 0
+        self.threads = set()
+        self.hold = None
+
+    def sample(self) -> Sample:
+        self.threads.add(threading.get_ident())
+        if self.hold:
+            self.hold.wait(5)
+        self.taken += 1
+        return Sample(self.taken, 1.0, Space(1, 2))
+
+    def close(self) -> None:
+        self.closed += 1
+
+
+class FakeServer:
+    """The part of PromptServer that the monitor uses."""
+
+    def __init__(self):
+        self.sockets = {}
+        self.messages = asyncio.Queue()
+        self.sent = []
+
+    def send_sync(self, event, data, sid):
+        self.sent.append((sid, event, data["time"]))
+
+
+@pytest.fixture
+def world():
+    server, sampler = FakeServer(), FakeSampler()
+    return SimpleNamespace(server=server, sampler=sampler, monitor=Monitor(server, sampler))
+
+
+def test_nothing_is_sampled_until_a_page_listens_and_after_it_has_gone(world):
+    async def story():
+        await asyncio.sleep(0.1)
+        assert world.sampler.taken == 0
+        world.server.sockets["page"] = object()
+        world.monitor.listen("page", 0.25)
+        await asyncio.sleep(0.6)
+        assert {sid for sid, _, _ in world.server.sent} == {"page"}
+        assert len(world.server.sent) in (2, 3)  # a busy machine may be late for the third
+        del world.server.sockets["page"]
+        await asyncio.sleep(0.3)
+        taken = world.sampler.taken
+        await asyncio.sleep(0.4)
+        assert world.sampler.taken == taken
+        assert world.sampler.closed == 1
+
+    asyncio.run(story())
+    assert {event for _, event, _ in world.server.sent} == {"tpu_monitor.sample"}
+
+
+def test_rate_zero_ends_it_at_once(world):
+    async def story():
+        world.server.sockets["page"] = object()
+        world.monitor.listen("page", 5.0)
+        await asyncio.sleep(0.1)
+        world.monitor.listen("page", 0)
+        await asyncio.sleep(0.1)
+        assert (world.sampler.taken, world.sampler.closed) == (1, 1)
+        # And it can begin again.
+        world.monitor.listen("page", 5.0)
+        await asyncio.sleep(0.1)
+        assert world.sampler.taken == 2
+
+    asyncio.run(story())
+
+
+def test_a_page_that_comes_while_the_last_one_leaves_is_not_forgotten(world):
+    async def story():
+        world.server.sockets |= {"old": object(), "new": object()}
+        world.monitor.listen("old", 5.0)
+        await asyncio.sleep(0.1)
+        closing = threading.Event()
+        world.sampler.close = lambda: closing.wait(5)
+        world.monitor.listen("old", 0)
+        await asyncio.sleep(0.05)
+        world.monitor.listen("new", 5.0)
+        closing.set()
+        await asyncio.sleep(0.2)
+        assert ("new", "tpu_monitor.sample", 2) in world.server.sent
+
+    asyncio.run(story())
+
+
+def test_each_page_has_its_own_rate_and_both_share_samples(world):
+    async def story():
+        world.server.sockets |= {"fast": object(), "slow": object()}
+        world.monitor.listen("fast", 0.25)
+        world.monitor.listen("slow", 1.0)
+        await asyncio.sleep(0.9)
+
+    asyncio.run(story())
+    received = {name: [time for sid, _, time in world.server.sent if sid == name] for name in ("fast", "slow")}
+    assert len(received["fast"]) in (3, 4)
+    assert len(received["slow"]) == 1
+    assert set(received["slow"]) <= set(received["fast"])
+
+
+def test_the_event_loop_goes_on_while_a_sample_is_late(world):
+    world.sampler.hold = threading.Event()
+
+    async def story():
+        world.server.sockets["page"] = object()
+        world.monitor.listen("page", 5.0)
+        ticks = 0
+        for _ in range(30):
+            await asyncio.sleep(0.01)
+            ticks += 1
+        assert (ticks, world.sampler.taken) == (30, 0)
+        world.sampler.hold.set()
+        await asyncio.sleep(0.1)
+        assert world.sampler.taken == 1
+        assert threading.get_ident() not in world.sampler.threads
+
+    asyncio.run(story())
+
+
+def test_askers_at_the_same_time_share_one_sample(world):
+    async def story():
+        return await asyncio.gather(*(world.monitor.sample() for _ in range(5)))
+
+    assert [sample.time for sample in asyncio.run(story())] == [1] * 5
+
+
+def test_a_browser_that_does_not_keep_up_gets_fewer(world):
+    async def story():
+        world.server.sockets["page"] = object()
+        for _ in range(monitor_server.MAX_QUEUED + 1):
+            world.server.messages.put_nowait(None)
+        world.monitor.listen("page", 0.25)
+        await asyncio.sleep(0.1)
+
+    asyncio.run(story())
+    assert world.server.sent == []
+
+
+@pytest.mark.parametrize("rate", [0, 0.25, 1, 5.0])
+def test_rates_that_are_accepted(rate):
+    assert listening({"client_id": "page", "rate": rate}, {"page": 1}) == ("page", rate)
+
+
+@pytest.mark.parametrize(
+    ("body", "complaint"),
+    [
+        ([], "expected an object with client_id and rate, got list"),
+        ({"client_id": "page"}, "rate: expected 0 (off) or 0.25 to 5 seconds, got None"),
+        ({"client_id": "page", "rate": 0.2}, "got 0.2"),
+        ({"client_id": "page", "rate": 5.1}, "got 5.1"),
+        ({"client_id": "page", "rate": -1}, "got -1"),
+        ({"client_id": "page", "rate": True}, "got True"),
+        ({"client_id": "page", "rate": "1"}, "got '1'"),
+        ({"client_id": "page", "rate": float("nan")}, "got nan"),
+        ({"client_id": "other", "rate": 1}, "client_id: expected the id of an open WebSocket connection, got 'other'"),
+        ({"client_id": ["page"], "rate": 0}, "got ['page']"),
+        ({"rate": 1}, "got None"),
+    ],
+)
+def test_what_is_refused(body, complaint):
+    with pytest.raises(BadRequest) as refused:
+        listening(body, {"page": 1})
+    assert complaint in str(refused.value)
+
+
+def call(world, *requests):
+    """Answers (status, text) of a real web server to (method, path, body) each."""
+
+    async def story():
+        routes = web.RouteTableDef()
+        add_routes(routes, world.monitor, world.server.sockets)
+        app = web.Application()
+        app.add_routes(routes)
+        async with TestClient(TestServer(app)) as client:
+            answers = []
+            for method, path, body in requests:
+                async with client.request(method, path, data=body) as answer:
+                    answers.append((answer.status, await answer.text()))
+            return answers
+
+    return asyncio.run(story())
+
+
+def test_bad_requests_are_answered_with_400_and_what_was_expected(world):
+    answers = call(
+        world,
+        ("POST", "/tpu-monitor/listen", b'{"client_id": "x", "rate": 1}'),
+        ("POST", "/tpu-monitor/listen", b"not json"),
+        ("POST", "/tpu-monitor/listen", b"\xff\xfe"),
+    )
+    assert [status for status, _ in answers] == [400, 400, 400]
+    assert "client_id: expected" in answers[0][1]
+    assert world.sampler.taken == 0
+
+
+def test_a_sample_on_demand(world):
+    ((status, text),) = call(world, ("GET", "/tpu-monitor/sample", None))
+    assert status == 200
+    assert '"cpu": 1.0' in text
+
+
+@pytest.mark.parametrize(("value", "status"), [(None, 404), ("0", 404), ("1", 200)])
+def test_the_metrics_route_is_off_unless_it_was_turned_on(world, monkeypatch, value, status):
+    monkeypatch.delenv("COMFYUI_TPU_MONITOR_METRICS", raising=False)
+    if value is not None:
+        monkeypatch.setenv("COMFYUI_TPU_MONITOR_METRICS", value)
+    ((found, text),) = call(world, ("GET", "/tpu-monitor/metrics", None))
+    assert found == status
+    assert ("comfyui_tpu_cpu_percent 1.0" in text) == (status == 200)
+    assert ("COMFYUI_TPU_MONITOR_METRICS=1" in text) == (status == 404)
+    assert world.sampler.taken == (1 if status == 200 else 0)
+
+
+def test_it_starts_once_and_only_beside_a_server(monkeypatch):
+    prompt_server = type("PromptServer", (), {})
+    module = ModuleType("server")
+    module.PromptServer = prompt_server
+    monkeypatch.setitem(sys.modules, "server", module)
+    start_monitor(FakeSampler)  # a script that imports the nodes has no server
+    prompt_server.instance = SimpleNamespace(routes=web.RouteTableDef(), sockets={})
+    start_monitor(FakeSampler)
+    first = prompt_server.instance.tpu_monitor
+    start_monitor(FakeSampler)
+    assert prompt_server.instance.tpu_monitor is first
+    assert len(prompt_server.instance.routes) == 3
+
+
+class FakeDevice(SimpleNamespace):
+    def memory_stats(self):
+        return self.stats
+
+
+def test_this_process_is_asked_only_if_it_has_used_jax(monkeypatch):
+    monkeypatch.delitem(sys.modules, "comfyui_tpu.runtime.registry", raising=False)
+    assert in_process() == monitor_server.InProcess()
+    assert "comfyui_tpu.runtime.registry" not in sys.modules
+
+
+def test_what_the_registry_holds_is_told_with_its_chips(monkeypatch):
+    devices = [
+        FakeDevice(id=1, platform="tpu", stats={"bytes_in_use": 3, "bytes_limit": 9}),
+        FakeDevice(id=0, platform="tpu", stats={"bytes_in_use": 2, "bytes_limit": 9}),
+    ]
+    registry = SimpleNamespace(holdings=lambda: {"vae": 5}, devices=lambda: devices)
+    module = SimpleNamespace(registry=lambda: registry)
+    monkeypatch.setitem(sys.modules, "comfyui_tpu.runtime.registry", module)
+    found = in_process()
+    assert found.held == {"vae": 5}
+    assert [(chip.index, chip.hbm_used, chip.hbm_total) for chip in found.chips] == [(0, 2, 9), (1, 3, 9)]
+    devices[0].stats = devices[1].stats = None
+    assert in_process().chips == ()
+
+
+def test_cpu_devices_of_the_real_registry_are_no_chips():
+    import jax.numpy as jnp
+
+    from comfyui_tpu.runtime.registry import registry
+
+    with registry().lease("test-monitor", "test weights", lambda: {"w": jnp.zeros((256,), jnp.float32)}):
+        found = in_process()
+        registry().release_all()
+    assert found.held["test weights"] == 1024
+    assert found.chips == ()
