@@ -14,7 +14,7 @@ from comfyui_tpu.metadata.errors import MetadataError
 from comfyui_tpu.metadata.png import SIGNATURE, pixels_only
 
 # Not every format Pillow knows: EPS, for one, would start Ghostscript.
-FORMATS = ("PNG", "JPEG", "MPO", "WEBP", "GIF", "BMP", "TIFF", "AVIF")
+FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "AVIF")
 MAX_PIXELS = 2**29  # of all frames together: 6 GiB as float32 RGB
 _USER_COMMENT = 0x9286
 # As ComfyUI writes WebP: "prompt:{…}" and "workflow:{…}" in tags that mean something else.
@@ -23,7 +23,7 @@ _NAMED = re.compile(r"([\w .\-]{1,80}):\s*([{\[].*)", re.DOTALL)
 
 @contextmanager
 def damage_named(path: Path) -> Iterator[None]:
-    """Pillow raises whatever its parsers stumble over; here all of it becomes a MetadataError that names the file."""
+    """Pillow and av raise whatever their parsers stumble over; it all becomes a MetadataError that names the file."""
     try:
         yield
     except MetadataError:

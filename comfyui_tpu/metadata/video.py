@@ -12,7 +12,7 @@ import av
 from PIL import Image
 
 from comfyui_tpu.metadata.errors import MetadataError
-from comfyui_tpu.metadata.picture import check_pixels
+from comfyui_tpu.metadata.picture import check_pixels, damage_named
 
 _FORMATS = {"mp4": "MP4", "matroska": "Matroska"}  # families: MOV is told as MP4, WebM as Matroska
 # Container metadata that describes the container.
@@ -31,14 +31,13 @@ def container_format(head: bytes) -> str | None:
 
 @contextmanager
 def _opened(path: Path) -> Iterator[av.container.InputContainer]:
-    try:
-        with path.open("rb") as stream:
-            with av.open(stream, format=container_format(_head(stream)), metadata_errors="replace") as container:
-                yield container
-    except MetadataError:
-        raise
-    except (av.FFmpegError, ValueError, OverflowError, MemoryError) as error:
-        raise MetadataError(f"{path.name} cannot be read, it is damaged or cut off: {error}") from None
+    with damage_named(path), path.open("rb") as stream:
+        with av.open(stream, format=container_format(_head(stream)), metadata_errors="replace") as container:
+            if not container.streams.video:
+                raise MetadataError(f"{path.name} holds no video stream")
+            if container.streams.video[0].codec_context is None:
+                raise MetadataError(f"{path.name} cannot be read: its codec is unknown, or the file is damaged")
+            yield container
 
 
 def _head(stream: BinaryIO) -> bytes:
@@ -51,7 +50,7 @@ def read_video(path: Path) -> tuple[dict, dict[str, str]]:
     """(what the file is, its texts by name). Raises MetadataError."""
     with _opened(path) as container:
         texts = {_name(key): value for key, value in container.metadata.items() if key.lower() not in _TECHNICAL}
-        return _info(path, container), texts
+        return _info(container), texts
 
 
 def _name(key: str) -> str:
@@ -59,9 +58,7 @@ def _name(key: str) -> str:
     return key.lower() if key.isupper() else key
 
 
-def _info(path: Path, container: av.container.InputContainer) -> dict:
-    if not container.streams.video:
-        raise MetadataError(f"{path.name} holds no video stream")
+def _info(container: av.container.InputContainer) -> dict:
     stream = container.streams.video[0]
     seconds = _seconds(container, stream)
     fps = float(stream.average_rate) if stream.average_rate else None
@@ -76,7 +73,8 @@ def _info(path: Path, container: av.container.InputContainer) -> dict:
         "pixel_format": stream.codec_context.pix_fmt,
     }
     if container.streams.audio:
-        info["audio_codec"] = container.streams.audio[0].codec_context.name
+        sound = container.streams.audio[0].codec_context
+        info["audio_codec"] = sound.name if sound else "unknown"
     return info
 
 
@@ -90,8 +88,6 @@ def video_frames(path: Path, count: int) -> list[Image.Image]:
     """The first ``count`` frames, all for 0. Raises MetadataError, also where they are more than ``MAX_PIXELS``."""
     frames, pixels = [], 0
     with _opened(path) as container:
-        if not container.streams.video:
-            raise MetadataError(f"{path.name} holds no video stream")
         for frame in islice(container.decode(video=0), count or None):
             pixels += frame.width * frame.height
             check_pixels(path, pixels)
