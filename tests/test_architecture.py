@@ -74,6 +74,13 @@ def test_a_sample_needs_neither_jax_nor_torch():
     assert (done.stdout, done.returncode) == ("[]\n", 0), done.stderr
 
 
+@pytest.mark.parametrize("path", files("metadata"), ids=name)
+def test_metadata_is_read_without_torch_jax_or_the_other_rooms(path):
+    allowed = {*sys.stdlib_module_names, "PIL", "av"}
+    found = {i for i in imports(path) if not i.startswith("comfyui_tpu.metadata")}
+    assert {i.split(".")[0] for i in found} <= allowed
+
+
 def test_nothing_process_wide_is_switched_on():
     """The words of the acceptance command, and of the dangers the quality bar names."""
     for root in ("comfyui_tpu", "custom_nodes"):
