@@ -1,8 +1,10 @@
-"""Every test process sees eight virtual CPU devices; this must be set before JAX starts."""
+"""Every test process sees eight virtual CPU devices; this must be set before JAX starts. Where ComfyUI lies."""
 
 import os
 import sys
 from pathlib import Path
+
+import pytest
 
 os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ["TPU_SKIP_MDS_QUERY"] = "1"
@@ -11,4 +13,13 @@ _FLAG = "--xla_force_host_platform_device_count=8"
 if _FLAG not in os.environ.get("XLA_FLAGS", ""):
     os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {_FLAG}".strip()
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+REPOSITORY = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(REPOSITORY))
+
+
+@pytest.fixture(scope="session")
+def comfyui_checkout() -> Path:
+    checkout = Path(os.environ.get("COMFYUI_TPU_COMFYUI") or REPOSITORY / "ComfyUI")
+    if not (checkout / "main.py").is_file():
+        pytest.fail(f"No ComfyUI in {checkout}. Run `python3 setup.py test`, or set COMFYUI_TPU_COMFYUI.")
+    return checkout

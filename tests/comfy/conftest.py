@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from pathlib import Path
 
 import pytest
@@ -11,14 +10,6 @@ import pytest
 from bootstrap.workflow import to_api_prompt
 from tests.checkpoints import write
 from tests.comfy.server import REPOSITORY, ComfyServer
-
-
-@pytest.fixture(scope="session")
-def comfyui_checkout() -> Path:
-    checkout = Path(os.environ.get("COMFYUI_TPU_COMFYUI") or REPOSITORY / "ComfyUI")
-    if not (checkout / "main.py").is_file():
-        pytest.fail(f"No ComfyUI in {checkout}. Run `python3 setup.py test`, or set COMFYUI_TPU_COMFYUI.")
-    return checkout
 
 
 @pytest.fixture(scope="session")

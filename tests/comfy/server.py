@@ -122,6 +122,10 @@ class ComfyServer:
                 time.sleep(0.2)
         raise RuntimeError(f"ComfyUI did not answer within {START_SECONDS} s:\n{self.log()[-4000:]}")
 
+    @property
+    def pid(self) -> int:
+        return self._process.pid
+
     def log(self) -> str:
         return self.log_path.read_text(errors="replace")
 

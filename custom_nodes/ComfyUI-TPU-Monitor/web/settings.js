@@ -27,6 +27,16 @@ const NAMES = {
 const DEFAULTS = { [RATE]: 1, [WIDTH]: 70, [DISK]: "/" };
 for (const id of Object.values(SHOW)) DEFAULTS[id] = true;
 
+// Frontend 1.32 tells of a change before it has stored it.
+const told = new Map();
+
+function teller(id, onChange) {
+  return (value) => {
+    told.set(id, value);
+    onChange();
+  };
+}
+
 /** What registerExtension takes. `onChange()` comes after any of them has changed. */
 export function definitions(onChange) {
   const show = [...KEYS, "run"].map((key) => ({
@@ -51,7 +61,11 @@ export function definitions(onChange) {
       category: [GROUP, "Strip", WIDTH],
     },
   ];
-  return [...show, ...others].map((each) => ({ ...each, defaultValue: DEFAULTS[each.id], onChange }));
+  return [...show, ...others].map((each) => ({
+    ...each,
+    defaultValue: DEFAULTS[each.id],
+    onChange: teller(each.id, onChange),
+  }));
 }
 
 /** The disk setting: its choices are known only when the server has told them. */
@@ -63,12 +77,12 @@ export function addDiskSetting(disks, onChange) {
     options: [...new Set([...disks.map((disk) => disk.path), value(DISK)])],
     defaultValue: DEFAULTS[DISK],
     category: [GROUP, "Sampling", DISK],
-    onChange,
+    onChange: teller(DISK, onChange),
   });
 }
 
 export function value(id) {
-  return app.extensionManager.setting.get(id) ?? DEFAULTS[id];
+  return told.get(id) ?? app.extensionManager.setting.get(id) ?? DEFAULTS[id];
 }
 
 /** Which items of the strip are wanted: key → boolean. */

@@ -1,0 +1,179 @@
+"""Real servers with all packs, one for each frontend, and a real browser. For any test that needs a page.
+
+``site``: a running server, parametrised over the frontends. ``page``: its page, loaded once and shared by the tests
+of a frontend. ``open_page``: another page of it. ``shot``: keeps a screenshot in .artifacts/browser for a person.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import pytest
+from playwright.sync_api import Browser, Page, sync_playwright
+
+from tests.browser import frontends
+from tests.comfy.server import REPOSITORY, ComfyServer
+from tests.monitor.metrics_server import GIB, FakeChip, MetricsServer
+
+ARTIFACTS = REPOSITORY / ".artifacts" / "browser"
+CHROMIUM_FLAGS = [
+    "--no-sandbox",
+    "--disable-gpu",
+    "--disable-quic",
+    "--no-first-run",
+    "--disable-background-networking",
+    "--disable-component-update",
+    "--disable-sync",
+]
+LOAD_MS = 60_000
+READY = "() => window.app?.graph && window.app.extensionManager"
+
+
+def pytest_collection_modifyitems(items):
+    for item in items:
+        if Path(__file__).parent in item.path.parents:
+            item.add_marker(pytest.mark.browser)
+
+
+@dataclass
+class Site:
+    """A server with a frontend, and the fake chips that its monitor sees."""
+
+    frontend: str
+    server: ComfyServer
+    metrics: MetricsServer
+
+    def set_chips(self, count: int, hbm_used: int = 0, duty_cycle: float = 0.0, tensorcore: float = 0.0) -> None:
+        self.metrics.chips[:] = [FakeChip(hbm_used, 32 * GIB, duty_cycle, tensorcore) for _ in range(count)]
+
+    def set(self, **settings: object) -> None:
+        """Settings as another page of the same user would leave them; ``__`` stands for the dot in their ids."""
+        self.server.post("/settings", {name.replace("__", "."): value for name, value in settings.items()})
+
+
+@dataclass
+class Errors:
+    """What a page complains about in its console."""
+
+    texts: list[str] = field(default_factory=list)
+
+    def watch(self, page: Page) -> None:
+        page.on("console", lambda message: message.type == "error" and self._add(message))
+        page.on("pageerror", lambda error: self.texts.append(_without_numbers(f"uncaught {error}")))
+
+    def _add(self, message) -> None:
+        self.texts.append(_without_numbers(f"{message.text} ({message.location.get('url', '')})"))
+
+
+def _without_numbers(text: str) -> str:
+    """The same complaint reads the same on another port, at another line."""
+    return re.sub(r"\d+", "0", text.split("\n")[0])
+
+
+def chromium() -> str:
+    """The browser's path. Without one the tests are skipped, or fail where one is required (.ci/run)."""
+    names = ("chromium", "chromium-browser", "google-chrome")
+    found = os.environ.get("COMFYUI_TPU_CHROMIUM") or next(filter(None, map(shutil.which, names)), None)
+    if found:
+        return found
+    message = "No Chromium on this machine. Get one: sudo apt-get install chromium (or name it in COMFYUI_TPU_CHROMIUM)"
+    if os.environ.get("COMFYUI_TPU_REQUIRE_BROWSER"):
+        pytest.fail(message)
+    pytest.skip(message)
+
+
+@pytest.fixture(scope="package")
+def browser() -> Iterator[Browser]:
+    path = chromium()
+    with sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=path, args=CHROMIUM_FLAGS)
+        yield browser
+        browser.close()
+
+
+@pytest.fixture(scope="package")
+def sites(browser, comfyui_checkout, tmp_path_factory) -> Iterator[dict[str, Site]]:
+    """Started side by side: each takes seconds to import torch."""
+    with ExitStack() as stack:
+
+        def start(version: str) -> Site:
+            metrics = stack.enter_context(MetricsServer([]))
+            server = _server(comfyui_checkout, tmp_path_factory.mktemp("browser"), version, metrics)
+            return Site(version, stack.enter_context(server), metrics)
+
+        with ThreadPoolExecutor(len(frontends.VERSIONS)) as pool:
+            yield {site.frontend: site for site in pool.map(start, frontends.VERSIONS)}
+
+
+def _server(checkout: Path, base: Path, version: str, metrics: MetricsServer) -> ComfyServer:
+    packs = base / "custom_nodes"
+    packs.mkdir()
+    for pack in (REPOSITORY / "custom_nodes").glob("ComfyUI-*"):
+        (packs / pack.name).symlink_to(pack)
+    (packs / "probe").symlink_to(Path(__file__).parent / "probe")
+    user = base / "user" / "default"
+    user.mkdir(parents=True)
+    # Else a dialog with templates covers the page on the first start.
+    (user / "comfy.settings.json").write_text(json.dumps({"Comfy.TutorialCompleted": True}))
+    environment = {
+        "TPU_RUNTIME_METRICS_PORTS": str(metrics.port),
+        "COMFYUI_TPU_MONITOR_SDK": "tests.monitor.fake_sdk",
+        "COMFYUI_TPU_MONITOR_METRICS": "1",
+    }
+    return ComfyServer(checkout, base, frontends.arguments(version), environment)
+
+
+@pytest.fixture(scope="package", params=frontends.VERSIONS)
+def site(request, sites) -> Site:
+    return sites[request.param]
+
+
+@pytest.fixture(scope="package")
+def open_page(browser, site) -> Iterator[Callable[..., Page]]:
+    """``open_page(errors=None, before=None, **context options)`` → a loaded page in a browser context of its own."""
+    contexts = []
+
+    def open_(errors: Errors | None = None, before: Callable[[Page], None] = lambda page: None, **options) -> Page:
+        contexts.append(browser.new_context(viewport={"width": 1400, "height": 850}, **options))
+        page = contexts[-1].new_page()
+        if errors is not None:
+            errors.watch(page)
+        before(page)
+        load(page, site)
+        return page
+
+    yield open_
+    for context in contexts:
+        context.close()
+
+
+def load(page: Page, site: Site) -> None:
+    page.goto(site.server.url)
+    page.wait_for_function(READY, timeout=LOAD_MS)
+
+
+@pytest.fixture(scope="package")
+def errors() -> Errors:
+    """Of the shared page."""
+    return Errors()
+
+
+@pytest.fixture(scope="package")
+def page(open_page, errors, site) -> Page:
+    site.set_chips(8, hbm_used=16 * GIB, duty_cycle=40, tensorcore=30)
+    return open_page(errors)
+
+
+@pytest.fixture
+def shot(site) -> Callable[[Page, str], None]:
+    folder = ARTIFACTS / site.frontend
+    folder.mkdir(parents=True, exist_ok=True)
+    return lambda page, name: page.screenshot(path=str(folder / f"{name}.png"))

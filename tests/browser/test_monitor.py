@@ -1,0 +1,352 @@
+"""The monitor as a user sees it: in a real browser, in each frontend, with chips whose figures the tests choose."""
+
+from __future__ import annotations
+
+import json
+import re
+import time
+
+import psutil
+import pytest
+from playwright.sync_api import Page, expect
+
+from tests.browser.conftest import READY, Errors, Site, load
+from tests.monitor.metrics_server import GIB
+
+STRIP, PANEL = "#tpu-monitor-strip", "#tpu-monitor-panel"
+ITEMS = ["cpu", "ram", "disk", "hbm", "duty", "tensorcore"]
+DEFAULTS = {
+    "TPUMonitor.Rate": 1,
+    "TPUMonitor.Width": 70,
+    "TPUMonitor.Disk": "/",
+    "Comfy.ColorPalette": "dark",
+    "Comfy.Locale": "en",
+    "Comfy.UseNewMenu": "Top",
+    **{
+        f"TPUMonitor.Show.{name}": True for name in ("CPU", "RAM", "Disk", "HBM", "DutyCycle", "TensorCore", "Progress")
+    },
+}
+
+
+@pytest.fixture(scope="module")
+def baseline(open_page) -> Errors:
+    """What the same server's page complains about without our scripts, used as the tests use it."""
+    errors = Errors()
+
+    def without_ours(route):
+        answer = route.fetch()
+        route.fulfill(response=answer, json=[path for path in answer.json() if "TPU" not in path])
+
+    page = open_page(errors, before=lambda page: page.route("**/extensions", without_ours))
+    assert page.locator(STRIP).count() == 0
+    for name, values in (("Comfy.UseNewMenu", ("Disabled", "Top")), ("Comfy.ColorPalette", ("light", "dark"))):
+        for each in values:
+            set_settings(page, **{name: each})
+            page.wait_for_timeout(200)
+    queue_twenty_steps(page)
+    page.wait_for_timeout(3500)
+    page.reload()
+    page.wait_for_function(READY)
+    page.evaluate("app.extensionManager.command.execute('Comfy.ShowSettingsDialog')")
+    page.wait_for_timeout(500)
+    page.context.close()
+    return errors
+
+
+@pytest.fixture(autouse=True)
+def afresh(baseline, page: Page, site: Site):
+    """Each test begins with eight chips and the default settings."""
+    site.set_chips(8, hbm_used=16 * GIB, duty_cycle=40, tensorcore=30)
+    yield
+    if not page.is_closed():
+        set_settings(page, **DEFAULTS)
+
+
+def set_settings(page: Page, **settings: object) -> None:
+    """As the settings dialog does it."""
+    script = (
+        "async (all) => { for (const [id, v] of Object.entries(all)) await app.extensionManager.setting.set(id, v) }"
+    )
+    page.evaluate(script, settings)
+
+
+def item(page: Page, key: str):
+    return page.locator(f'{STRIP} [data-item="{key}"]')
+
+
+def value(page: Page, key: str):
+    return item(page, key).locator(".tpu-monitor-value")
+
+
+def filled(item) -> float:
+    """How much of an item its fill covers, 0 to 1."""
+    fill = item.locator(".tpu-monitor-fill")
+    return fill.evaluate("e => e.getBoundingClientRect().width / e.parentElement.clientWidth")
+
+
+def queue_twenty_steps(page: Page) -> None:
+    page.evaluate("""async () => {
+        app.graph.clear();
+        const node = LiteGraph.createNode("ProbeSteps");
+        node.title = "Twenty steps";
+        app.graph.add(node);
+        await app.queuePrompt(0);
+    }""")
+
+
+def open_tab(page: Page) -> None:
+    if not page.locator(PANEL).is_visible():
+        page.locator(STRIP).click()
+    expect(page.locator(PANEL)).to_be_visible()
+
+
+def close_tab(page: Page) -> None:
+    if page.locator(PANEL).is_visible():
+        page.locator(STRIP).click()
+    expect(page.locator(PANEL)).not_to_be_visible()
+
+
+def test_the_strip_in_the_top_bar_follows_the_chips(page, site, shot):
+    for key in ITEMS:
+        expect(item(page, key)).to_be_visible()
+    assert page.locator(STRIP).bounding_box()["y"] < 130
+    for key, expected in (("hbm", "50%"), ("duty", "40%"), ("tensorcore", "30%")):
+        expect(value(page, key)).to_have_text(expected)
+    site.set_chips(8, hbm_used=24 * GIB, duty_cycle=90, tensorcore=61)
+    for key, expected in (("hbm", "75%"), ("duty", "90%"), ("tensorcore", "61%")):
+        expect(value(page, key)).to_have_text(expected)
+    assert "192 of 256 GiB · max 75% (chip 0)" in item(page, "hbm").get_attribute("title")
+    assert filled(item(page, "duty")) == pytest.approx(0.9, abs=0.02)
+    shot(page, "strip-dark")
+
+
+def test_the_sidebar_tab_shows_each_chip_peaks_and_history(page, site, shot):
+    open_tab(page)
+    panel = page.locator(PANEL)
+    expect(panel.locator(".tpu-monitor-heading")).to_have_text("TPU × 8")
+    site.metrics.chips[3].duty_cycle = 97.0
+    row = panel.locator(".tpu-monitor-index", has_text="3")
+    expect(row.locator("xpath=following-sibling::*[2]")).to_have_text("97%")
+    expect(row.locator("xpath=following-sibling::*[1]")).to_have_text("16.0 / 32.0")
+    site.set_chips(8, hbm_used=30 * GIB, duty_cycle=80, tensorcore=55)
+    hbm = panel.locator('[data-figure="hbm"]')
+    expect(hbm.locator(".tpu-monitor-big")).to_have_text("94%")
+    site.set_chips(8, hbm_used=2 * GIB, duty_cycle=5, tensorcore=0)
+    expect(hbm.locator(".tpu-monitor-big")).to_have_text("6%")
+    expect(hbm.locator(".tpu-monitor-peak")).to_have_text("peak 94%")
+    drawn = "c => c.getContext('2d').getImageData(0, 0, c.width, c.height).data.some((part) => part > 0)"
+    assert hbm.locator("canvas").evaluate(drawn)
+    shot(page, "tab-dark")
+    panel.get_by_text("Reset peaks").click()
+    expect(hbm.locator(".tpu-monitor-peak")).to_have_text("peak 6%")
+    close_tab(page)
+
+
+def test_it_is_readable_in_the_light_theme(page, shot):
+    set_settings(page, **{"Comfy.ColorPalette": "light"})
+    open_tab(page)
+    expect(value(page, "hbm")).to_have_text("50%")
+    shot(page, "tab-light")
+    for locator in (value(page, "hbm"), page.locator(f"{PANEL} .tpu-monitor-big").first):
+        assert contrast(locator) > 4.5
+    set_settings(page, **{"Comfy.ColorPalette": "dark"})
+    page.wait_for_timeout(200)
+    for locator in (value(page, "hbm"), page.locator(f"{PANEL} .tpu-monitor-big").first):
+        assert contrast(locator) > 4.5
+    close_tab(page)
+
+
+def contrast(locator) -> float:
+    """WCAG's contrast ratio of an element's text to what is painted behind it, translucent layers blended."""
+    return locator.evaluate("""(element) => {
+        const pen = new OffscreenCanvas(1, 1).getContext("2d", { willReadFrequently: true });
+        const rgba = (colour) => { pen.clearRect(0, 0, 1, 1); pen.fillStyle = colour; pen.fillRect(0, 0, 1, 1);
+            return [...pen.getImageData(0, 0, 1, 1).data]; };
+        const layers = [];
+        for (let node = element; node; node = node.parentElement) {
+            const fill = node.querySelector(":scope > .tpu-monitor-fill");
+            const styles = [fill, node].filter(Boolean).map((each) => getComputedStyle(each));
+            for (const style of styles) {
+                const [r, g, b, a] = rgba(style.backgroundColor);
+                if (a) layers.push([r, g, b, (a / 255) * Number(style.opacity)]);
+            }
+        }
+        const blend = (under, [r, g, b, a]) => under.map((part, i) => part * (1 - a) + [r, g, b][i] * a);
+        const ground = layers.reverse().reduce(blend, [255, 255, 255]);
+        const linear = (part) => part <= 10 ? part / 255 / 12.92 : ((part / 255 + 0.055) / 1.055) ** 2.4;
+        const light = ([r, g, b]) => 0.2126 * linear(r) + 0.7152 * linear(g) + 0.0722 * linear(b);
+        const text = light(rgba(getComputedStyle(element).color));
+        const [high, low] = [text, light(ground)].sort((a, b) => b - a);
+        return (high + 0.05) / (low + 0.05);
+    }""")
+
+
+def test_progress_and_elapsed_time_of_the_running_prompt(page, shot):
+    queue_twenty_steps(page)
+    run = item(page, "run")
+    expect(run.locator(".tpu-monitor-label")).to_have_text("Twenty steps")
+    expect(run.locator(".tpu-monitor-value")).to_contain_text("/20 0:01")
+    assert 0.2 < filled(run) < 0.99
+    shot(page, "progress")
+    expect(run.locator(".tpu-monitor-label")).to_have_text("done")
+    expect(run.locator(".tpu-monitor-value")).to_have_text(re.compile("^0:0[2-5]$"))
+
+
+def test_settings_work_and_persist(page, site):
+    changed = {"TPUMonitor.Show.RAM": False, "TPUMonitor.Width": 100, "TPUMonitor.Rate": 0.25}
+    set_settings(page, **changed)
+    load(page, site)
+    expect(value(page, "hbm")).to_have_text("50%")
+    expect(item(page, "ram")).not_to_be_visible()
+    assert item(page, "hbm").bounding_box()["width"] == 100
+    # Three metrics and the utilisation a sample; four samples a second.
+    before = site.metrics.calls
+    page.wait_for_timeout(1500)
+    assert 4 * 4 <= site.metrics.calls - before <= 4 * 8
+    set_settings(page, **{"TPUMonitor.Rate": 0})
+    expect(value(page, "hbm")).to_have_text("–")
+    assert "Sampling is off" in item(page, "hbm").get_attribute("title")
+    page.wait_for_timeout(300)
+    before = site.metrics.calls
+    page.wait_for_timeout(1000)
+    assert site.metrics.calls == before
+    stored = json.loads((site.server.base / "user" / "default" / "comfy.settings.json").read_text())
+    assert {name: stored[name] for name in changed} == {**changed, "TPUMonitor.Rate": 0}
+
+
+def test_a_hidden_page_costs_the_server_nothing(page, site):
+    expect(value(page, "hbm")).to_have_text("50%")
+    hide = """(hidden) => {
+        Object.defineProperty(document, "hidden", { configurable: true, get: () => hidden });
+        document.dispatchEvent(new Event("visibilitychange"));
+    }"""
+    page.evaluate(hide, True)
+    page.wait_for_timeout(500)
+    before = site.metrics.calls
+    page.wait_for_timeout(1500)
+    assert site.metrics.calls == before
+    page.evaluate(hide, False)
+    site.set_chips(8, hbm_used=8 * GIB)
+    expect(value(page, "hbm")).to_have_text("25%")
+
+
+def test_free_hbm_unloads_as_comfyui_does(page):
+    open_tab(page)
+    with page.expect_response("**/free") as answer:
+        page.locator("#tpu-monitor-free").click()
+    assert answer.value.status == 200
+    assert answer.value.request.post_data_json == {"unload_models": True}
+    expect(page.get_by_text("All models are being unloaded.").last).to_be_visible()
+    close_tab(page)
+
+
+def test_the_strip_comes_back_when_the_menu_is_rebuilt(page):
+    expect(page.locator(STRIP)).to_be_visible()
+    page.evaluate("document.querySelector('#tpu-monitor-strip').remove()")
+    expect(page.locator(STRIP)).to_be_visible(timeout=500)
+    for menu in ("Disabled", "Top"):
+        set_settings(page, **{"Comfy.UseNewMenu": menu})
+        page.wait_for_timeout(1500)
+        expect(page.locator(STRIP)).to_be_visible()
+        expect(page.locator(STRIP)).to_have_count(1)
+    assert page.locator(STRIP).evaluate("e => e.closest('.actionbar-container') !== null")
+
+
+def test_256_chips_do_not_cover_the_screen(page, site, shot):
+    expect(value(page, "duty")).to_have_text("40%")
+    narrow = page.locator(STRIP).bounding_box()["width"]
+    site.set_chips(256, hbm_used=20 * GIB, duty_cycle=70, tensorcore=50)
+    site.metrics.chips[200].hbm_used = 31 * GIB
+    expect(value(page, "duty")).to_have_text("70%")
+    assert page.locator(STRIP).bounding_box()["width"] == narrow
+    assert "(chip 200)" in item(page, "hbm").get_attribute("title")
+    open_tab(page)
+    cells = page.locator(f"{PANEL} .tpu-monitor-cell")
+    expect(cells).to_have_count(256)
+    assert "Chip 200" in cells.nth(200).get_attribute("title")
+    assert page.locator(f"{PANEL} .tpu-monitor-heat").bounding_box()["height"] <= 320
+    shot(page, "tab-256-chips")
+    page.locator(f'{PANEL} [data-key="duty"]').click()
+    warmth = page.locator(f"{PANEL} .tpu-monitor-warmth").first
+    expect(warmth).to_have_css("opacity", "0.7")
+    close_tab(page)
+
+
+def test_without_a_tpu_the_items_say_so_and_the_rest_goes_on(page, site, shot):
+    expect(value(page, "hbm")).to_have_text("50%")
+    site.metrics.stop()
+    try:
+        expect(value(page, "hbm")).to_have_text("–")
+        assert "not available: This machine has no TPU chip." in item(page, "hbm").get_attribute("title")
+        expect(value(page, "cpu")).to_contain_text("%")
+        open_tab(page)
+        expect(page.locator(f"{PANEL} .tpu-monitor-chips")).to_contain_text("No TPU chips to show")
+        shot(page, "tab-without-tpu")
+        close_tab(page)
+    finally:
+        site.metrics.start()
+    expect(value(page, "hbm")).to_have_text("50%", timeout=8000)
+
+
+def test_a_narrow_window_keeps_the_run_button(page, shot):
+    page.set_viewport_size({"width": 900, "height": 700})
+    page.wait_for_timeout(300)
+    shot(page, "narrow")
+    run = page.locator(".queue-button-group").first.bounding_box()
+    assert run["x"] >= 0
+    assert run["x"] + run["width"] <= 900
+    page.set_viewport_size({"width": 1400, "height": 850})
+
+
+def test_the_settings_dialog_names_them_in_the_users_language(page, site, shot):
+    set_settings(page, **{"Comfy.Locale": "zh"})
+    load(page, site)
+    expect(item(page, "duty").locator(".tpu-monitor-label")).to_have_text("占空比")
+    page.evaluate("app.extensionManager.command.execute('Comfy.ShowSettingsDialog')")
+    page.get_by_text("TPU 监视器", exact=True).last.click()
+    for name in ("采样间隔（秒，0 为关闭）", "显示 TensorCore 利用率", "磁盘"):
+        expect(page.get_by_text(name, exact=True).first).to_be_visible()
+    shot(page, "settings-zh")
+    page.keyboard.press("Escape")
+    open_tab(page)
+    expect(page.locator(PANEL)).to_contain_text("TensorCore 利用率")
+    shot(page, "tab-zh")
+    close_tab(page)
+
+
+def test_no_console_errors_beyond_those_without_the_monitor(baseline, errors):
+    """Of everything the tests above did."""
+    assert [text for text in errors.texts if text not in baseline.texts] == []
+
+
+def test_it_costs_the_browser_and_the_server_little(page, site):
+    """One core is 100 %. With the tab closed, as it is most of the time; eight chips, a sample a second."""
+    expect(value(page, "hbm")).to_have_text("50%")
+    client = page.context.new_cdp_session(page)
+    client.send("Performance.enable")
+    server = psutil.Process(site.server.pid)
+
+    def spent(rate: float) -> tuple[float, float]:
+        set_settings(page, **{"TPUMonitor.Rate": rate})
+        page.wait_for_timeout(500)
+        start, browser, served = time.monotonic(), task_seconds(client), cpu_seconds(server)
+        page.wait_for_timeout(3000)
+        seconds = time.monotonic() - start
+        return (task_seconds(client) - browser) / seconds, (cpu_seconds(server) - served) / seconds
+
+    idle, working = spent(0), spent(1)
+    browser, served = (100 * (w - i) for w, i in zip(working, idle, strict=True))
+    print(f"\n{site.frontend}: browser {browser:.2f} % of a core, server {served:.2f} %")
+    assert browser <= 2
+    assert served <= 1
+
+
+def task_seconds(client) -> float:
+    """Time of the page's main thread spent in tasks: scripts, style, layout, paint."""
+    metrics = {each["name"]: each["value"] for each in client.send("Performance.getMetrics")["metrics"]}
+    return metrics["TaskDuration"]
+
+
+def cpu_seconds(process: psutil.Process) -> float:
+    times = process.cpu_times()
+    return times.user + times.system
