@@ -200,6 +200,39 @@ def test_a_video_of_cores_save_video_gives_its_workflow_back(server, picture):
     assert done.outputs["preview"]["animated"] == [True]
 
 
+ANIMATED = {
+    "SaveAnimatedWEBP": {"lossless": True, "quality": 80, "method": "fastest"},
+    "SaveAnimatedPNG": {"compress_level": 4},
+}
+
+
+@pytest.mark.parametrize("saver", ANIMATED)
+def test_an_animation_of_cores_nodes_gives_its_workflow_back(server, saver):
+    done = run(
+        server,
+        WORKFLOW,
+        a=node("EmptyImage", width=24, height=16, batch_size=1, color=255),
+        b=node("EmptyImage", width=24, height=16, batch_size=1, color=65280),
+        both=node("ImageBatch", image1=["a", 0], image2=["b", 0]),
+        save=node(saver, images=["both", 0], filename_prefix="animated", fps=4.0, **ANIMATED[saver]),
+    )
+    name = done.outputs["save"]["images"][0]["filename"]
+    done = run(
+        server,
+        load=node(LOAD, image=f"{name} [output]"),
+        workflow=node("ShowAnyTPU", any_value=["load", 4]),
+        prompt=node("JsonExtractorTPU", json=["load", 2], path="a.inputs.color"),
+        colour=node("ShowAnyTPU", any_value=["prompt", 2]),
+        info=node("ShowAnyTPU", any_value=["load", 5]),
+        size=node("ImageResolutionTPU", image=["load", 0]),
+    )
+    assert json.loads(text(done, "workflow")) == WORKFLOW
+    assert text(done, "colour") == "255"
+    info = json.loads(text(done, "info"))
+    assert (info["frames"], info["fps"], info["duration"]) == (2, 4.0, 0.5)
+    assert text(done, "size") == "24 × 16, 2 pictures"
+
+
 def test_json_is_read_extracted_and_compared(server):
     content = {"nodes": [{"id": 7, "seed": 12}, {"id": 9, "seed": "abc"}], "on": True}
     (server.base / "input" / "settings.json").write_text(json.dumps(content), encoding="utf-8-sig")
