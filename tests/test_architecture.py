@@ -74,6 +74,16 @@ def test_a_sample_needs_neither_jax_nor_torch():
     assert (done.stdout, done.returncode) == ("[]\n", 0), done.stderr
 
 
+@pytest.mark.parametrize("path", files("ops", "runtime", "models"), ids=name)
+def test_the_planner_is_above_what_it_plans(path):
+    assert not {i for i in imports(path) if i.startswith("comfyui_tpu.plan")}
+
+
+@pytest.mark.parametrize("path", files("plan"), ids=name)
+def test_the_planner_imports_only_downwards(path):
+    assert not {i for i in imports(path) if i.startswith("comfyui_tpu.comfy") and i[17:18] in {"", "."}}
+
+
 @pytest.mark.parametrize("path", files("metadata"), ids=name)
 def test_metadata_is_read_without_torch_jax_or_the_other_rooms(path):
     allowed = {*sys.stdlib_module_names, "PIL", "av"}

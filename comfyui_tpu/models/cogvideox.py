@@ -25,6 +25,7 @@ from comfyui_tpu.models.common import (
     OpenedModel,
     Plans,
     StepInfo,
+    Task,
     check_side,
     finite,
     load_scheduler,
@@ -96,7 +97,7 @@ class CogVideoX(OpenedModel):
 
     def encode_prompt(self, prompt: str, negative_prompt: str) -> tuple[torch.Tensor, torch.Tensor]:
         """Embeddings of both texts, each ``[1, 226, text_dim]`` float32."""
-        embeds, negative = self._pipeline().encode_prompt(
+        embeds, negative = self._pipeline(tokenizer=self._tokenizer).encode_prompt(
             prompt=prompt,
             negative_prompt=negative_prompt,
             do_classifier_free_guidance=True,
@@ -192,12 +193,28 @@ class CogVideoX(OpenedModel):
     def _rgb_factors(self) -> tuple[torch.Tensor, torch.Tensor]:
         return cogvideox_preview.rgb_factors(self.vae.folder, self.vae.raw_config)
 
-    def _pipeline(self, scheduler: Scheduler = "checkpoint", options: Options | None = None):
-        """The stock pipeline around this checkpoint's device modules."""
+    def rehearse(self, task: Task) -> None:
+        for _ in ("prompt", "negative prompt"):
+            self.text_encoder(torch.zeros(1, TEXT_TOKENS, dtype=torch.long))
+        embeds = torch.zeros(1, TEXT_TOKENS, self.text_dim)
+        latents = self.sample(
+            embeds,
+            embeds,
+            height=task.height,
+            width=task.width,
+            num_frames=task.num_frames,
+            num_inference_steps=task.num_inference_steps,
+            guidance_scale=task.guidance_scale,
+            seed=0,
+        )
+        self.vae.decode(latents, return_dict=False)
+
+    def _pipeline(self, scheduler: Scheduler = "checkpoint", options: Options | None = None, tokenizer: Any = None):
+        """The stock pipeline around this checkpoint's device modules; only encoding prompts needs a ``tokenizer``."""
         from diffusers import CogVideoXPipeline
 
         pipeline = CogVideoXPipeline(
-            tokenizer=self._tokenizer,
+            tokenizer=tokenizer,
             text_encoder=self.text_encoder,
             vae=self.vae,
             transformer=self.transformer.with_options(options or Options()),

@@ -46,6 +46,24 @@ class Plans:
 DEFAULT_PLANS = Plans()
 
 
+@dataclass(frozen=True)
+class Task:
+    """What a user asks of a model, as far as programs depend on it.
+
+    Attributes:
+        height, width: in pixels.
+        num_frames: 1 for a picture.
+        num_inference_steps: denoising steps.
+        guidance_scale: at most 1 runs without the negative branch, where there is one.
+    """
+
+    height: int
+    width: int
+    num_frames: int
+    num_inference_steps: int
+    guidance_scale: float
+
+
 class OpenedModel:
     """A checkpoint whose components are device modules. Opening reads configs and headers; weights load when used.
 
@@ -61,6 +79,14 @@ class OpenedModel:
 
     @property
     def components(self) -> tuple[DeviceModule, ...]:
+        raise NotImplementedError
+
+    def rehearse(self, task: Task) -> None:
+        """Call every component as one prompt with ``task`` does, with zeros; what it makes is thrown away.
+
+        The planner learns from it which programs run, and how often. No tokenizer is needed, and no weights while the
+        components have recorders (``DeviceModule.rehearsal``).
+        """
         raise NotImplementedError
 
     def describe_plan(self) -> str:

@@ -21,6 +21,7 @@ from comfyui_tpu.models.common import (
     OpenedModel,
     Plans,
     StepInfo,
+    Task,
     check_side,
     finite,
     load_scheduler,
@@ -87,7 +88,9 @@ class Flux2(OpenedModel):
         with self._embeddings_lock:
             embeds = self._embeddings.get(prompt)
             if embeds is None:
-                embeds, _ = self._pipeline().encode_prompt(prompt=prompt, max_sequence_length=TEXT_TOKENS)
+                embeds, _ = self._pipeline(tokenizer=self._processor).encode_prompt(
+                    prompt=prompt, max_sequence_length=TEXT_TOKENS
+                )
                 self._embeddings[prompt] = finite(embeds, "text encoder")
             self._embeddings.move_to_end(prompt)
             while len(self._embeddings) > _PROMPTS_KEPT:
@@ -176,13 +179,31 @@ class Flux2(OpenedModel):
         if batch_size < 1:
             raise InvalidInput(f"batch_size must be at least 1; got {batch_size}.")
 
-    def _pipeline(self, options: Options | None = None, shifted: bool = True):
-        """The stock pipeline on the device modules; not ``shifted``: its noise levels are taken as they are given."""
+    def rehearse(self, task: Task) -> None:
+        ids = torch.zeros(1, TEXT_TOKENS, dtype=torch.long)
+        self.text_encoder(ids, ids)
+        self.sample(
+            torch.zeros(1, TEXT_TOKENS, self.text_dim),
+            height=task.height,
+            width=task.width,
+            num_inference_steps=task.num_inference_steps,
+            guidance_scale=task.guidance_scale,
+            seed=0,
+        )
+        # Not `decode`: the statistics it applies first are among the weights.
+        channels = self.vae.raw_config.get("latent_channels", 32)
+        self.vae.decode(torch.zeros(1, channels, task.height // 8, task.width // 8), return_dict=False)
+
+    def _pipeline(self, options: Options | None = None, shifted: bool = True, tokenizer: Any = None):
+        """The stock pipeline on the device modules; not ``shifted``: its noise levels are taken as they are given.
+
+        Only encoding prompts needs a ``tokenizer``.
+        """
         from diffusers import Flux2Pipeline
 
         unshifted = {"use_dynamic_shifting": False, "shift": 1.0, "shift_terminal": None}
         pipeline = Flux2Pipeline(
-            tokenizer=self._processor,
+            tokenizer=tokenizer,
             text_encoder=self.text_encoder,
             vae=self.vae,
             scheduler=load_scheduler(self.folder, **({} if shifted else unshifted)),

@@ -18,6 +18,7 @@ from comfyui_tpu.models.common import (
     OpenedModel,
     Plans,
     StepInfo,
+    Task,
     check_side,
     clean_latents,
     finite,
@@ -36,6 +37,7 @@ from comfyui_tpu.runtime.plan import spatial, spread
 SIZE_MULTIPLE = 16  # the autoencoder divides by 8, the transformer's patches by 2
 MIN_SIZE, MAX_SIZE = 256, 1280
 MIN_FRAMES, MAX_FRAMES, FRAMES_PER_LATENT = 17, 121, 4
+REHEARSED_SHIFT = 5.0  # the shift for 720p; of two experts it decides how many steps each has
 
 # Float32 bytes of the widest activation (base_dim channels at full size) that one decoded chunk may have on a chip.
 # Around five of them live at once, which keeps the decoder below 8 GiB.
@@ -267,7 +269,7 @@ class WanModel(OpenedModel):
 
     def encode_prompt(self, prompt: str, negative_prompt: str) -> tuple[torch.Tensor, torch.Tensor]:
         """Embeddings of both texts, each ``[1, 512, text_dim]`` float32."""
-        embeds, negative = self._pipeline().encode_prompt(
+        embeds, negative = self._pipeline(tokenizer=self._tokenizer).encode_prompt(
             prompt=prompt,
             negative_prompt=negative_prompt,
             do_classifier_free_guidance=True,
@@ -311,8 +313,24 @@ class WanModel(OpenedModel):
         boundary = self.boundary_ratio * scheduler.config.num_train_timesteps
         return "high-noise expert" if timestep >= boundary else "low-noise expert"
 
-    def _pipeline(self, flow_shift: float | None = None, options: Options | None = None, cls: type | None = None):
-        """The stock pipeline (or a subclass of it) around this checkpoint's device modules."""
+    def _rehearse_prompts(self) -> torch.Tensor:
+        """The calls that encode a prompt and a negative one; returns embeddings of zeros."""
+        ids = torch.zeros(1, TEXT_TOKENS, dtype=torch.long)
+        for _ in ("prompt", "negative prompt"):
+            self.text_encoder(ids, ids)
+        return torch.zeros(1, TEXT_TOKENS, self.text_dim)
+
+    def _pipeline(
+        self,
+        flow_shift: float | None = None,
+        options: Options | None = None,
+        cls: type | None = None,
+        tokenizer: Any = None,
+    ):
+        """The stock pipeline (or a subclass of it) around this checkpoint's device modules.
+
+        Only encoding prompts needs a ``tokenizer``.
+        """
         import diffusers
 
         options = options or Options()
@@ -323,7 +341,7 @@ class WanModel(OpenedModel):
                 "boundary_ratio": self.boundary_ratio,
             }
         pipeline = (cls or getattr(diffusers, self.pipeline_class))(
-            tokenizer=self._tokenizer,
+            tokenizer=tokenizer,
             text_encoder=self.text_encoder,
             vae=self.vae,
             scheduler=self._scheduler(flow_shift),
@@ -390,3 +408,18 @@ class WanTextToVideo(WanModel):
             num_inference_steps=num_inference_steps,
             guidance_scale=guidance_scale,
         )
+
+    def rehearse(self, task: Task) -> None:
+        embeds = self._rehearse_prompts()
+        latents = self.sample(
+            embeds,
+            embeds,
+            height=task.height,
+            width=task.width,
+            num_frames=task.num_frames,
+            num_inference_steps=task.num_inference_steps,
+            guidance_scale=task.guidance_scale,
+            seed=0,
+            flow_shift=REHEARSED_SHIFT,
+        )
+        self.vae.decode(latents, return_dict=False)

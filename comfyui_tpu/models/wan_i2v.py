@@ -14,8 +14,8 @@ from typing import Literal
 
 import torch
 
-from comfyui_tpu.models.common import DEFAULT_PLANS, Plans, StepInfo, finite
-from comfyui_tpu.models.wan import WanModel, check_video_size
+from comfyui_tpu.models.common import DEFAULT_PLANS, Plans, StepInfo, Task, finite
+from comfyui_tpu.models.wan import REHEARSED_SHIFT, WanModel, check_video_size
 from comfyui_tpu.runtime import bridge
 from comfyui_tpu.runtime.device_module import ComponentSpec, DeviceModule, Options
 from comfyui_tpu.runtime.errors import CheckpointError, InvalidInput
@@ -253,6 +253,20 @@ class WanImageToVideo(WanModel):
             guidance_scale=guidance_scale,
             guidance_scale_2=guidance_scale_2,
         )
+
+    def rehearse(self, task: Task) -> None:
+        embeds = self._rehearse_prompts()
+        picture = torch.zeros(1, task.height, task.width, 3)
+        latents = self.sample(
+            embeds,
+            embeds,
+            self.encode_image(picture, height=task.height, width=task.width, num_frames=task.num_frames),
+            num_inference_steps=task.num_inference_steps,
+            guidance_scale=task.guidance_scale,
+            seed=0,
+            shift=REHEARSED_SHIFT,
+        )
+        self.vae.decode(latents, return_dict=False)
 
 
 def _pixels(picture: torch.Tensor) -> torch.Tensor:

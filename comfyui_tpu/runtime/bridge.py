@@ -24,6 +24,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from comfyui_tpu.ops import attention as attention_ops
 from comfyui_tpu.ops import norm as norm_ops
+from comfyui_tpu.ops.sharded_attention import attend
 from comfyui_tpu.runtime.plan import Plan
 
 # Tracing swaps a module's parameters in place for the time of the call: one trace at a time.
@@ -150,24 +151,14 @@ def _scaled_dot_product_attention(
 
 
 def _sharded_attention(context: TraceContext, q, k, v, mask, scale):
-    """``[B, H, S, D]`` attention: by heads between tokens of one sequence, by query tokens against a short context."""
-    plan, chips = context.plan, context.plan.chips
-    options = {"scale": scale, "smooth_keys": context.smooth_keys, "shards": chips}
-    by_heads = plan.attention == "heads" and chips > 1 and mask is None
-    if not by_heads:
-        return attention_ops.attention(q, k, v, mask=mask, **{**options, "shards": 1})
-    axes, heads = plan.axis_names, q.shape[1]
-    if q.shape[2] != k.shape[2]:
-        # Cross-attention: the context is short, so it stays whole on every chip and nothing has to move.
-        q = context.constrain(q, None, None, axes, None)
-        k, v = (context.constrain(x) for x in (k, v))
-        return context.constrain(attention_ops.attention(q, k, v, **options), None, None, axes, None)
-    # Heads that do not divide over the chips are filled up with zero heads, cut off again below.
-    fill = -heads % chips
-    q, k, v = (jnp.pad(x, ((0, 0), (0, fill), (0, 0), (0, 0))) for x in (q, k, v))
-    q, k, v = (context.constrain(x, None, axes, None, None) for x in (q, k, v))
-    out = context.constrain(attention_ops.attention(q, k, v, **options), None, axes, None, None)
-    return context.constrain(out[:, :heads], None, None, axes, None)
+    """``[B, H, S, D]`` attention as the plan says; with a mask it is left to XLA's partitioner."""
+    plan, options = context.plan, {"scale": scale, "smooth_keys": context.smooth_keys}
+    if mask is not None or (plan.attention == "replicated" and plan.chips > 1):
+        return attention_ops.attention(q, k, v, mask=mask, **options)
+    strategy = "ring" if plan.attention == "ring" else "heads"
+    out = attend(q, k, v, mesh=context.mesh, strategy=strategy, ring_chips=plan.ring_chips, **options)
+    # Said once more: tokens that do not divide were cut to their number, and XLA would gather what it is not told.
+    return context.constrain(out, None, None, plan.axis_names, None)
 
 
 def _group_norm(input, num_groups, weight=None, bias=None, eps=1e-5):
@@ -199,8 +190,19 @@ def to_numpy(tensor: torch.Tensor) -> np.ndarray:
     return array.astype(np.float32) if array.dtype == np.float64 else array
 
 
-def to_torch(array: jax.Array) -> torch.Tensor:
-    """A device array's values as a CPU tensor of its own (writable, no shared memory)."""
+def numpy_dtype(dtype: torch.dtype) -> np.dtype:
+    """The dtype that :func:`to_numpy` gives values of ``dtype``."""
+    return to_numpy(torch.empty(0, dtype=dtype)).dtype
+
+
+def to_torch(array: jax.Array | jax.ShapeDtypeStruct) -> torch.Tensor:
+    """A device array's values as a CPU tensor of its own (writable, no shared memory).
+
+    A described array, which a rehearsal hands on, has no values: zeros that take no memory (not writable).
+    """
+    if isinstance(array, jax.ShapeDtypeStruct):
+        zero = to_torch(np.zeros((), array.dtype))
+        return zero.expand(array.shape)
     values = np.array(array)
     if values.dtype == ml_dtypes.bfloat16:
         return torch.from_numpy(values.view(np.uint16)).view(torch.bfloat16)

@@ -106,6 +106,9 @@ class DeviceModule:
         self.options = Options()
         self.identity = _weights_identity(self.folder)
         self.compute_dtype = _compute_dtype(spec, self.devices)
+        # The planner's recorder: takes this module's calls (module, method, placed inputs, donated names) in place of
+        # the devices, and returns described arrays (ShapeDtypeStructs with shardings).
+        self.rehearsal: Callable[..., Any] | None = None
 
     @property
     def device(self) -> torch.device:
@@ -150,10 +153,12 @@ class DeviceModule:
         """
         current_reporter().check_cancelled()
         placed = self._placed(inputs)
+        if self.rehearsal is not None:
+            return self.rehearsal(self, method, placed, donate)
         kept = {name: value for name, value in placed.items() if name not in donate}
         given = {name: value for name, value in placed.items() if name in donate}
         label = f"{self.spec.name} of {self.folder.parent.name}"
-        with registry().lease(self.key, label, self._load, self._bytes_per_device) as params:
+        with registry().lease(self.key, label, self._load, self.bytes_per_device) as params:
             executable = self._program(method, program.abstract(kept), program.abstract(given))
             work = lambda: jax.block_until_ready(executable.run(dict(params), kept, given))  # noqa: E731
             # A failed run may already have consumed what it was given, so only runs without donations can be repeated.
@@ -179,27 +184,39 @@ class DeviceModule:
         return (self.spec.build, self.identity, self.plan, self.devices, self.dtype)
 
     def _place(self, value: Any) -> jax.Array:
-        """A CPU tensor as a device array; arrays that are on the devices stay there."""
+        """A CPU tensor as a device array (in a rehearsal: described); arrays that are on the devices stay there."""
         if isinstance(value, jax.Array):
             return value
+        if self.rehearsal is not None:
+            return self.describe(value)
         array = bridge.to_numpy(value) if isinstance(value, torch.Tensor) else np.asarray(value)
         return jax.device_put(array, self.activation_sharding(array.shape))
+
+    def describe(self, value: torch.Tensor | jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
+        """Shape, dtype and sharding that ``value`` has as an input or output of a program."""
+        shape = tuple(value.shape)
+        dtype = bridge.numpy_dtype(value.dtype) if isinstance(value, torch.Tensor) else value.dtype
+        return jax.ShapeDtypeStruct(shape, dtype, sharding=self.activation_sharding(shape))
 
     def activation_sharding(self, shape: tuple[int, ...]) -> jax.sharding.Sharding:
         """Where an input or output of ``shape`` lies."""
         return sharding(self.plan, self.devices, self.plan.activation_spec(shape))
 
     def _program(self, method: str, kept: Any, given: Any) -> program.Program:
-        described = tuple((path, x.shape, x.dtype, x.sharding) for path, x in jax.tree.leaves_with_path((kept, given)))
-        # Not the component's name: two experts of one architecture run the same program.
-        key = (
-            *(self.spec.build, self._config_fingerprint, self.plan, self.devices, self.dtype, self.options),
-            *(method, described),
-        )
         # How long compilation takes depends on the sizes, so a person is told them.
         largest = max((x.shape for x in jax.tree.leaves(kept)), key=np.prod, default=())
         label = f"{self.spec.name} ({method}, {'×'.join(map(str, largest))})"
+        key = self.program_key(method, kept, given)
         return program.program(key, label, lambda: self.lower(method, kept, given))
+
+    def program_key(self, method: str, kept: Any, given: Any) -> tuple:
+        """Identity of a method's program for inputs of these shapes (pytrees of ShapeDtypeStructs)."""
+        described = tuple((path, x.shape, x.dtype, x.sharding) for path, x in jax.tree.leaves_with_path((kept, given)))
+        # Not the component's name: two experts of one architecture run the same program.
+        return (
+            *(self.spec.build, self._config_fingerprint, self.plan, self.devices, self.dtype, self.options),
+            *(method, described),
+        )
 
     @functools.cached_property
     def _config_fingerprint(self) -> str:
@@ -208,11 +225,15 @@ class DeviceModule:
         return hashlib.sha256(json.dumps(config, sort_keys=True).encode()).hexdigest()
 
     def lower(self, method: str, kept: Mapping[str, Any], given: Mapping[str, Any]) -> jax.stages.Lowered:
+        """The program of a method for inputs of these shapes, ready to compile; see :meth:`trace`."""
+        return self.trace(method, kept, given).lower()
+
+    def trace(self, method: str, kept: Mapping[str, Any], given: Mapping[str, Any]) -> jax.stages.Traced:
         """Trace a method from shapes alone (pytrees of ShapeDtypeStructs with shardings; ``given`` is donated).
 
         The planner calls this with described devices; :meth:`run` with real ones. There is no other way to a program.
         """
-        return program.lower(self._traceable(method), self.parameter_shapes(), kept, given, self.activation_sharding)
+        return program.trace(self._traceable(method), self.parameter_shapes(), kept, given, self.activation_sharding)
 
     def _traceable(self, method: str) -> Callable[[dict, dict, dict], Any]:
         """The method as a pure JAX function of (parameters, kept inputs, donated inputs)."""
@@ -242,7 +263,7 @@ class DeviceModule:
 
     def _weight_dtype(self, name: str, weight: skeleton.Weight) -> np.dtype:
         if not weight.dtype.is_floating_point:
-            return bridge.to_numpy(torch.empty(0, dtype=weight.dtype)).dtype
+            return bridge.numpy_dtype(weight.dtype)
         if any(part in self.spec.keep_float32 for part in name.split(".")):
             return jnp.dtype(jnp.float32)
         return self.compute_dtype
@@ -251,7 +272,8 @@ class DeviceModule:
         return sharding(self.plan, self.devices, self.plan.weight_spec(name, weight.shape, weight.stacked))
 
     @functools.cached_property
-    def _bytes_per_device(self) -> int:
+    def bytes_per_device(self) -> int:
+        """What the weights take on each device."""
         # Kept: every step of every run asks for it, whether or not the weights have to be loaded.
         return sum(
             int(np.prod(s.sharding.shard_shape(s.shape))) * s.dtype.itemsize for s in self.parameter_shapes().values()

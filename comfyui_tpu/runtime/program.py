@@ -34,13 +34,13 @@ def abstract(tree: Any) -> Any:
     return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), tree)
 
 
-def lower(
+def trace(
     function: Callable[[dict, Any, Any], Any],
     params: Any,
     kept: Any,
     given: Any,
     output_sharding: Callable[[tuple[int, ...]], jax.sharding.Sharding],
-) -> jax.stages.Lowered:
+) -> jax.stages.Traced:
     """Trace ``function(params, kept, given)`` from shapes alone; works for devices that are only described.
 
     Args:
@@ -50,7 +50,7 @@ def lower(
     """
     outputs = jax.eval_shape(function, params, kept, given)
     out_shardings = jax.tree.map(lambda x: output_sharding(x.shape), outputs)
-    return jax.jit(function, out_shardings=out_shardings, donate_argnums=2).lower(params, kept, given)
+    return jax.jit(function, out_shardings=out_shardings, donate_argnums=2).trace(params, kept, given)
 
 
 def program(key: Hashable, label: str, make_lowered: Callable[[], jax.stages.Lowered]) -> Program:

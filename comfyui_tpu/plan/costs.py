@@ -1,0 +1,283 @@
+"""The cost reader: where a compiled program spends its cycles, read from its optimised HLO.
+
+Cycles of XLA's operations are the compiler's own estimates (``estimated_cycles``). Collectives, and copies between HBM
+and vector memory that run beside the computation, are timed by their bytes; of these only what the computation has to
+wait for counts. All of it is an estimate: nothing here was measured on a TPU.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+from comfyui_tpu.plan import hlo
+from comfyui_tpu.plan.hardware import Topology, collective_seconds
+
+MATMUL, ATTENTION, ELEMENTWISE, RELAYOUT, COLLECTIVES = "matmul", "attention", "elementwise", "relayout", "collectives"
+CATEGORIES = (MATMUL, ATTENTION, ELEMENTWISE, RELAYOUT, COLLECTIVES)
+LABELS = {
+    MATMUL: "matmul and convolution",
+    ATTENTION: "attention",
+    ELEMENTWISE: "elementwise and normalisation",
+    RELAYOUT: "relayout and copies",
+    COLLECTIVES: "collectives",
+}
+
+_COLLECTIVES = ("all-gather", "all-reduce", "all-to-all", "reduce-scatter", "collective-permute", "ragged-all-to-all")
+_COLLECTIVES += ("collective-broadcast",)
+_FREE = {"parameter", "constant", "get-tuple-element", "tuple", "bitcast", "partition-id", "replica-id", "after-all"}
+# Operations that only move or repeat values.
+_MOVES = {"copy", "slice", "dynamic-slice", "dynamic-update-slice", "pad", "reshape", "transpose", "broadcast", "iota"}
+_MOVES |= {"concatenate", "gather", "reverse", "bitcast-convert", "copy-start", "slice-start"}
+_READS_A_PART = {"dynamic-slice", "slice", "gather"}
+_KERNEL = "tpu_custom_call"
+# Frames of the libraries between a model's own line and the operation; a model's line says more than theirs.
+_MODEL_PACKAGES = ("/diffusers/", "/transformers/", "/comfyui_tpu/models/", "/comfyui_tpu/ops/")
+
+KernelCycles = Callable[[hlo.Instruction], int | None]
+
+
+@dataclass(frozen=True)
+class Operation:
+    """One instruction of the program, with all its executions together.
+
+    Attributes:
+        name, opcode, shape: as in the HLO text.
+        category: one of :data:`CATEGORIES`.
+        cycles: of all executions.
+        executions: how often it runs in one call of the program.
+        module: the model's function and line it came from, such as ``"WanTransformerBlock.forward
+            (transformer_wan.py:488)"``; may be empty.
+    """
+
+    name: str
+    opcode: str
+    category: str
+    cycles: float
+    executions: int
+    module: str
+    shape: str
+
+
+@dataclass
+class Cost:
+    """What one call of a program costs a chip.
+
+    Attributes:
+        operations: everything that takes time.
+        hbm_bytes: moved between HBM and the chip.
+        collective_bytes: sent or received in collectives, whether waited for or not.
+        unknown_loops: loops whose length could not be told; their bodies count once.
+        unknown_kernels: custom kernels without cycles; they count nothing.
+    """
+
+    operations: list[Operation] = field(default_factory=list)
+    hbm_bytes: float = 0
+    collective_bytes: float = 0
+    unknown_loops: int = 0
+    unknown_kernels: Counter = field(default_factory=Counter)
+
+    @property
+    def cycles(self) -> float:
+        return sum(operation.cycles for operation in self.operations)
+
+    def by_category(self) -> dict[str, float]:
+        """Cycles of each category."""
+        found = dict.fromkeys(CATEGORIES, 0.0)
+        for operation in self.operations:
+            found[operation.category] += operation.cycles
+        return found
+
+    def add(self, other: Cost, times: int) -> None:
+        """``other``, ``times`` times."""
+        self.operations += [
+            dataclasses.replace(o, cycles=o.cycles * times, executions=o.executions * times) for o in other.operations
+        ]
+        self.hbm_bytes += other.hbm_bytes * times
+        self.collective_bytes += other.collective_bytes * times
+        self.unknown_loops += other.unknown_loops
+        self.unknown_kernels.update(other.unknown_kernels)
+
+
+def no_kernels(instruction: hlo.Instruction) -> int | None:
+    """Where nobody knows the kernels' cycles."""
+    return None
+
+
+def read(module: hlo.Module, topology: Topology, kernel_cycles: KernelCycles = no_kernels) -> Cost:
+    """The cost of one call of ``module`` on one chip of ``topology``.
+
+    Args:
+        kernel_cycles: cycles of one execution of a Pallas kernel (a ``tpu_custom_call``); None if unknown.
+    """
+    return _Reader(module, topology, kernel_cycles).computation(module.entry)
+
+
+class _Reader:
+    """Walks computations in the order in which the compiler scheduled them."""
+
+    def __init__(self, module: hlo.Module, topology: Topology, kernel_cycles: KernelCycles):
+        self.module = module
+        self.topology = topology
+        self.kernel_cycles = kernel_cycles
+
+    def computation(self, name: str) -> Cost:
+        instructions = self.module.computations.get(name, ())
+        shapes = {instruction.name: instruction for instruction in instructions}
+        cost, now = Cost(), 0.0
+        free_at = {"hbm": 0.0, "links": 0.0}  # transfers of one kind follow one another
+        ready_at: dict[str, float] = {}
+        for instruction in instructions:
+            opcode = instruction.opcode
+            if opcode in _FREE:
+                continue
+            cost.hbm_bytes += self._hbm_bytes(instruction, shapes)
+            if opcode in ("while", "call", "conditional"):
+                inner, times = self._inner(instruction, cost)
+                cost.add(inner, times)
+                now += inner.cycles * times
+                continue
+            if opcode.endswith("-done"):
+                ready = ready_at.pop(instruction.operands[0], now) if instruction.operands else now
+                cycles = max(0.0, ready - now)
+            elif (transfer := self._transfer(instruction)) is not None:
+                resource, duration = transfer
+                if resource == "links":
+                    cost.collective_bytes += instruction.largest_array()
+                if opcode.endswith("-start"):
+                    free_at[resource] = ready_at[instruction.name] = max(now, free_at[resource]) + duration
+                    continue
+                cycles = duration
+            else:
+                cycles = self._compute(instruction, cost)
+            now += cycles
+            if cycles > 0:
+                cost.operations.append(self._operation(instruction, cycles))
+        return cost
+
+    def _inner(self, instruction: hlo.Instruction, cost: Cost) -> tuple[Cost, int]:
+        """The computation that a loop, call or branch runs, and how often."""
+        if instruction.opcode == "while":
+            trips = self.module.trip_count(instruction)
+            cost.unknown_loops += trips is None
+            return self.computation(instruction.called("body")[0]), 1 if trips is None else trips
+        if instruction.opcode == "call":
+            return self.computation(instruction.called("to_apply")[0]), 1
+        names = instruction.called("branch_computations")
+        names = names or (*instruction.called("true_computation"), *instruction.called("false_computation"))
+        return max(map(self.computation, names), key=lambda branch: branch.cycles), 1
+
+    def _transfer(self, instruction: hlo.Instruction) -> tuple[str, float] | None:
+        """(resource, cycles) of a collective or of a copy beside the computation; None for anything else."""
+        opcode, clock = self._collective_kind(instruction), self.topology.generation.clock
+        if opcode.startswith(_COLLECTIVES):
+            group = instruction.group_size(self.topology.devices)
+            return "links", clock * collective_seconds(opcode, instruction.largest_array(), group, self.topology)
+        if opcode.endswith("-start"):
+            return "hbm", clock * instruction.largest_array() / self.topology.generation.hbm_bandwidth
+        return None
+
+    def _collective_kind(self, instruction: hlo.Instruction) -> str:
+        """The opcode; of a generic ``async-start`` that of what it starts."""
+        if instruction.opcode != "async-start":
+            return instruction.opcode
+        called = self.module.computations.get((instruction.called("calls") or ("",))[0], ())
+        return next((i.opcode for i in called if i.opcode not in _FREE), instruction.opcode)
+
+    def _compute(self, instruction: hlo.Instruction, cost: Cost) -> float:
+        if instruction.custom_call_target != _KERNEL:
+            return instruction.estimated_cycles
+        cycles = self.kernel_cycles(instruction)
+        if cycles is None:
+            cost.unknown_kernels[instruction.name] += 1
+        return cycles or 0
+
+    def _operation(self, instruction: hlo.Instruction, cycles: float) -> Operation:
+        return Operation(
+            name=instruction.name,
+            opcode=instruction.opcode,
+            category=self.category(instruction),
+            cycles=cycles,
+            executions=1,
+            module=self.origin(instruction),
+            shape=instruction.shape.split("{")[0].lstrip("("),
+        )
+
+    def category(self, instruction: hlo.Instruction) -> str:
+        """Which of :data:`CATEGORIES` an instruction belongs to."""
+        kind = self._collective_kind(instruction)
+        if kind.startswith(_COLLECTIVES):
+            return COLLECTIVES
+        inside = self._opcodes(instruction)
+        if instruction.opcode.endswith(("-start", "-done")) or inside <= _MOVES | _FREE:
+            return RELAYOUT
+        if "scaled_dot_product_attention" in instruction.op_name or self._from_attention(instruction):
+            return ATTENTION
+        matmul = {"convolution", "dot"} & inside or instruction.custom_call_target == _KERNEL
+        return MATMUL if matmul else ELEMENTWISE
+
+    def _opcodes(self, instruction: hlo.Instruction) -> set[str]:
+        """What an instruction does; of a fusion everything in it."""
+        if instruction.opcode != "fusion":
+            return {instruction.opcode}
+        called = [i for name in instruction.called("calls") for i in self.module.computations.get(name, ())]
+        return set().union(*map(self._opcodes, called)) if called else {"fusion"}
+
+    def _from_attention(self, instruction: hlo.Instruction) -> bool:
+        return any("/comfyui_tpu/ops/attention" in file for file, _, _ in self.module.source(instruction))
+
+    def origin(self, instruction: hlo.Instruction) -> str:
+        """The innermost line of a model's own code, for people."""
+        for file, function, line in self.module.source(instruction):
+            if any(package in file for package in _MODEL_PACKAGES):
+                return f"{function} ({file.rsplit('/', 1)[-1]}:{line})"
+        return ""
+
+    def _hbm_bytes(self, instruction: hlo.Instruction, shapes: dict[str, hlo.Instruction]) -> int:
+        """Bytes that one execution reads from and writes to HBM, as far as its arrays lie there."""
+        if instruction.opcode in ("while", "call", "conditional") or instruction.opcode.endswith("-done"):
+            return 0
+        if instruction.opcode.endswith("-start"):
+            return instruction.largest_array()
+        fused = [i for name in instruction.called("calls") for i in self.module.computations.get(name, ())]
+        written = instruction.bytes(hbm_only=True)
+        if instruction.opcode in _READS_A_PART or self._root(fused, instruction) == "dynamic-update-slice":
+            return 2 * min(written, self._part_written(fused, instruction, shapes))
+        parts = _parts_read(fused)
+        read = 0
+        for index, name in enumerate(instruction.operands):
+            if name in shapes:
+                whole = shapes[name].bytes(hbm_only=True)
+                read += min(whole, parts.get(index, whole))
+        return read + written
+
+    @staticmethod
+    def _root(fused: list[hlo.Instruction], instruction: hlo.Instruction) -> str:
+        return next((i.opcode for i in fused if i.root), instruction.opcode)
+
+    @staticmethod
+    def _part_written(
+        fused: list[hlo.Instruction], instruction: hlo.Instruction, shapes: dict[str, hlo.Instruction]
+    ) -> int:
+        """Bytes of the part that an in-place update replaces; the whole result for anything else."""
+        update = next((i for i in fused if i.opcode == "dynamic-update-slice"), None)
+        names = {i.name: i for i in fused} if update else shapes
+        update = update or instruction
+        if update.opcode != "dynamic-update-slice" or len(update.operands) < 2:
+            return instruction.bytes()
+        part = names.get(update.operands[1])
+        return part.bytes() if part else instruction.bytes()
+
+
+def _parts_read(fused: list[hlo.Instruction]) -> dict[int, int]:
+    """Parameter number → bytes, for parameters of a fusion that are only ever sliced."""
+    found = {}
+    for parameter in fused:
+        if parameter.opcode != "parameter":
+            continue
+        users = [i for i in fused if parameter.name in i.operands]
+        if users and all(i.opcode in _READS_A_PART for i in users):
+            found[int(parameter.literal)] = sum(i.bytes() for i in users)
+    return found

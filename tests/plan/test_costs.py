@@ -1,0 +1,154 @@
+"""The cost reader, on schedules small enough to add up by hand."""
+
+import pytest
+
+from comfyui_tpu.plan import costs, hlo
+from comfyui_tpu.plan.hardware import collective_seconds, parse
+
+V6E = parse("v6e:2x4")
+CLOCK = V6E.generation.clock
+
+
+def cycles(number: int) -> str:
+    return f'backend_config={{"window_config":{{"estimated_cycles":"{number}"}}}}'
+
+
+FUSED = """
+%fused_matmul (a: bf16[8,8], b: bf16[8,8]) -> bf16[8,8] {
+  %a = bf16[8,8]{1,0} parameter(0)
+  %b = bf16[8,8]{1,0} parameter(1)
+  ROOT %c = bf16[8,8]{1,0} convolution(%a, %b), dim_labels=bf_io->bf
+}
+
+%fused_norm (a: bf16[8,8]) -> bf16[8,8] {
+  %a = bf16[8,8]{1,0} parameter(0)
+  ROOT %c = bf16[8,8]{1,0} multiply(%a, %a)
+}
+
+%fused_slice (a: bf16[40,8,8], i: s32[]) -> bf16[8,8] {
+  %a = bf16[40,8,8]{2,1,0} parameter(0)
+  %i = s32[] parameter(1)
+  ROOT %c = bf16[1,8,8]{2,1,0} dynamic-slice(%a, %i, %i, %i), dynamic_slice_sizes={1,8,8}
+}
+"""
+
+
+def program(*lines: str, before: str = "") -> hlo.Module:
+    body = "\n".join(f"  {line}" for line in lines)
+    return hlo.parse(f"HloModule m\n{FUSED}{before}\nENTRY %main (x: bf16[8,8]) -> bf16[8,8] {{\n{body}\n}}\n")
+
+
+X = "%x = bf16[8,8]{1,0} parameter(0)"
+
+
+def test_each_operation_counts_in_its_category():
+    cost = costs.read(
+        program(
+            X,
+            f"%m = bf16[8,8]{{1,0}} fusion(%x, %x), calls=%fused_matmul, {cycles(1000)}",
+            f'%a = bf16[8,8]{{1,0}} fusion(%m, %m), calls=%fused_matmul, metadata={{op_name="jit(f)/scaled_dot_product_attention/dot"}}, {cycles(300)}',  # noqa: E501
+            f"%n = bf16[8,8]{{1,0}} fusion(%a), calls=%fused_norm, {cycles(70)}",
+            f"ROOT %r = bf16[8,8]{{0,1}} copy(%n), {cycles(5)}",
+        ),
+        V6E,
+    )
+    assert cost.by_category() == {"matmul": 1000, "attention": 300, "elementwise": 70, "relayout": 5, "collectives": 0}
+    assert cost.cycles == 1375
+
+
+def test_a_loops_body_counts_as_often_as_it_runs_and_nested_loops_multiply():
+    before = """
+%condition (p: s32[]) -> pred[] {
+  %p = s32[] parameter(0)
+  %limit = s32[] constant(7)
+  ROOT %lt = pred[] compare(%p, %limit), direction=LT
+}
+
+%inner (p: s32[]) -> s32[] {
+  %p = s32[] parameter(0)
+  ROOT %n = s32[] fusion(%p), calls=%fused_norm, CYCLES
+}
+
+%outer (p: s32[]) -> s32[] {
+  %p = s32[] parameter(0)
+  ROOT %w = s32[] while(%p), condition=%condition, body=%inner
+}
+""".replace("CYCLES", cycles(10))
+    module = program(X, "ROOT %w = s32[] while(%x), condition=%condition, body=%outer", before=before)
+    cost = costs.read(module, V6E)
+    assert cost.cycles == 10 * 7 * 7
+    (operation,) = cost.operations
+    assert operation.executions == 49
+    assert cost.unknown_loops == 0
+
+
+def test_a_collective_takes_the_time_its_bytes_need_on_the_links():
+    line = "ROOT %g = bf16[1000000,8]{1,0} all-gather(%x), replica_groups=[1,8]<=[8], dimensions={0}"
+    cost = costs.read(program(X, line), V6E)
+    expected = collective_seconds("all-gather", 16_000_000, 8, V6E) * CLOCK
+    assert cost.by_category()["collectives"] == pytest.approx(expected)
+    assert cost.collective_bytes == 16_000_000
+
+
+def test_of_a_collective_beside_the_computation_only_the_wait_counts():
+    def cost_with(work: int) -> costs.Cost:
+        lines = (
+            X,
+            "%s = (bf16[8,8], bf16[1000000,8]{1,0}) all-gather-start(%x), replica_groups=[1,8]<=[8], dimensions={0}",
+            f"%n = bf16[8,8]{{1,0}} fusion(%x), calls=%fused_norm, {cycles(work)}",
+            "ROOT %d = bf16[1000000,8]{1,0} all-gather-done(%s)",
+        )
+        return costs.read(program(*lines), V6E)
+
+    whole = collective_seconds("all-gather", 16_000_000, 8, V6E) * CLOCK
+    assert cost_with(1000).by_category()["collectives"] == pytest.approx(whole - 1000)
+    assert cost_with(10**9).by_category()["collectives"] == 0
+
+
+def test_copies_beside_the_computation_share_the_memorys_bandwidth():
+    lines = (
+        X,
+        "%s1 = (f32[1000000,8]{1,0}, f32[1000000,8]{1,0:S(1)}, u32[]) copy-start(%x)",
+        "%s2 = (f32[1000000,8]{1,0}, f32[1000000,8]{1,0:S(1)}, u32[]) copy-start(%x)",
+        "%d1 = f32[1000000,8]{1,0:S(1)} copy-done(%s1)",
+        "ROOT %d2 = f32[1000000,8]{1,0:S(1)} copy-done(%s2)",
+    )
+    cost = costs.read(program(*lines), V6E)
+    one = 32_000_000 / V6E.generation.hbm_bandwidth * CLOCK
+    assert cost.by_category()["relayout"] == pytest.approx(2 * one)
+    assert cost.hbm_bytes == 2 * 32_000_000
+
+
+def test_one_layers_slice_of_stacked_weights_reads_one_layer():
+    line = "ROOT %f = bf16[1,8,8]{2,1,0:S(1)} fusion(%stack, %i), calls=%fused_slice"
+    cost = costs.read(program("%stack = bf16[40,8,8]{2,1,0} parameter(0)", "%i = s32[] parameter(1)", line), V6E)
+    assert cost.hbm_bytes == 8 * 8 * 2 + 4
+
+
+KERNEL = 'ROOT %k = bf16[8,8]{1,0} custom-call(%x), custom_call_target="tpu_custom_call"'
+
+
+def test_a_kernels_cycles_come_from_whoever_knows_them():
+    cost = costs.read(program(X, KERNEL), V6E, lambda instruction: 123)
+    assert cost.cycles == 123
+    assert not cost.unknown_kernels
+
+
+def test_a_kernel_nobody_knows_is_named():
+    cost = costs.read(program(X, KERNEL), V6E)
+    assert cost.cycles == 0
+    assert dict(cost.unknown_kernels) == {"k": 1}
+
+
+def test_collectives_of_one_chip_take_no_time():
+    assert collective_seconds("all-reduce", 10**9, 1, V6E) == 0
+
+
+def test_an_all_to_all_is_held_up_by_the_cut_through_the_slice():
+    # 8 GB: half the chips send half of 1 GB each over two links of 90 GB/s.
+    assert collective_seconds("all-to-all", 10**9, 8, V6E) == pytest.approx(4 * 0.5e9 / (2 * 90e9), rel=1e-2)
+
+
+def test_an_all_reduce_takes_twice_an_all_gather():
+    gather, reduce = (collective_seconds(kind, 10**9, 8, V6E) for kind in ("all-gather", "all-reduce"))
+    assert reduce == pytest.approx(2 * gather)
