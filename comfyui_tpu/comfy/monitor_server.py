@@ -114,7 +114,13 @@ class Monitor:
             # In step with its own clock; what was missed is not made up for.
             next_due = listener.due + listener.rate
             listener.due = next_due if next_due > now else now + listener.rate
-        message = (await self.sample()).to_json()
+        try:
+            message = (await self.sample()).to_json()
+        except Exception:
+            # Not a message a second: pages ask again after a few seconds of silence.
+            log.exception("TPU monitor: no sample could be taken")
+            self._listeners.clear()
+            return
         if self._server.messages.qsize() <= MAX_QUEUED:
             for client_id in due:
                 self._server.send_sync(EVENT, message, client_id)

@@ -31,6 +31,8 @@ CHANNEL_OPTIONS = (
     ("grpc.enable_http_proxy", 0),
 )
 
+NOT_REPORTED = Reason("not-reported", "The TPU runtime does not report it.")
+
 
 class BadPorts(ValueError):
     """The environment variable does not hold ports."""
@@ -120,7 +122,7 @@ class RuntimeMetrics:
         if found and not any(reason.code == "late" for reason in reasons):
             self._last, self._last_time = self._complete(found, reasons), now
             return self._last
-        return self._without_answer(reasons[0], now - self._last_time)
+        return self._without_answer(reasons[0] if reasons else NOT_REPORTED, now - self._last_time)
 
     def close(self) -> None:
         self._tensorcores.close()
@@ -203,12 +205,11 @@ def _by_device(metrics: Iterable[Any]) -> dict[int, float | int]:
 
 
 def _missing(chips: tuple[Chip, ...], reasons: list[Reason]) -> dict[str, Reason]:
-    default = Reason("not-reported", "The TPU runtime does not report it.")
     missing = {}
     if any(chip.hbm_used is None for chip in chips):
-        missing["hbm"] = reasons[0] if reasons else default
+        missing["hbm"] = reasons[0] if reasons else NOT_REPORTED
     if any(chip.duty_cycle is None for chip in chips):
-        missing["duty_cycle"] = reasons[0] if reasons else default
+        missing["duty_cycle"] = reasons[0] if reasons else NOT_REPORTED
     return missing
 
 

@@ -166,7 +166,7 @@ class Sampler:
 
     def sample(self) -> Sample:
         with self._lock:
-            here = self._in_process()
+            here = self._ask_process()
             chips = _completed(self._read_chips(), here.chips)
             ram = psutil.virtual_memory()
             return Sample(
@@ -186,6 +186,13 @@ class Sampler:
         with self._lock:
             if self._chips is not None:
                 self._chips.close()
+
+    def _ask_process(self) -> InProcess:
+        try:
+            return self._in_process()
+        except Exception:
+            log.exception("asking this process for its device memory failed")
+            return InProcess()
 
     def _read_chips(self) -> Chips:
         if self._chips is None:

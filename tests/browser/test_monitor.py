@@ -13,6 +13,8 @@ from playwright.sync_api import Page, expect
 from tests.browser.conftest import READY, Errors, Site, load
 from tests.monitor.metrics_server import GIB
 
+# Complaints that are core's own but come only once a browser, or depend on when the page is left.
+CORES_OWN = ("favicon.ico", "api.comfy.org", "api/userdata")
 STRIP, PANEL = "#tpu-monitor-strip", "#tpu-monitor-panel"
 ITEMS = ["cpu", "ram", "disk", "hbm", "duty", "tensorcore"]
 DEFAULTS = {
@@ -38,15 +40,17 @@ def baseline(open_page) -> Errors:
         route.fulfill(response=answer, json=[path for path in answer.json() if "TPU" not in path])
 
     page = open_page(errors, before=lambda page: page.route("**/extensions", without_ours))
+    page.wait_for_timeout(1500)
     assert page.locator(STRIP).count() == 0
     for name, values in (("Comfy.UseNewMenu", ("Disabled", "Top")), ("Comfy.ColorPalette", ("light", "dark"))):
         for each in values:
             set_settings(page, **{name: each})
             page.wait_for_timeout(200)
-    queue_twenty_steps(page)
-    page.wait_for_timeout(3500)
+    queue_steps(page, seconds=0.2)
+    page.wait_for_timeout(1000)
     page.reload()
     page.wait_for_function(READY)
+    page.wait_for_timeout(1000)
     page.evaluate("app.extensionManager.command.execute('Comfy.ShowSettingsDialog')")
     page.wait_for_timeout(500)
     page.context.close()
@@ -84,14 +88,16 @@ def filled(item) -> float:
     return fill.evaluate("e => e.getBoundingClientRect().width / e.parentElement.clientWidth")
 
 
-def queue_twenty_steps(page: Page) -> None:
-    page.evaluate("""async () => {
+def queue_steps(page: Page, seconds: float) -> None:
+    script = """async (seconds) => {
         app.graph.clear();
         const node = LiteGraph.createNode("ProbeSteps");
         node.title = "Twenty steps";
+        node.widgets.find((widget) => widget.name === "seconds").value = seconds;
         app.graph.add(node);
         await app.queuePrompt(0);
-    }""")
+    }"""
+    page.evaluate(script, seconds)
 
 
 def open_tab(page: Page) -> None:
@@ -182,7 +188,7 @@ def contrast(locator) -> float:
 
 
 def test_progress_and_elapsed_time_of_the_running_prompt(page, shot):
-    queue_twenty_steps(page)
+    queue_steps(page, seconds=2.5)
     run = item(page, "run")
     expect(run.locator(".tpu-monitor-label")).to_have_text("Twenty steps")
     expect(run.locator(".tpu-monitor-value")).to_contain_text("/20 0:01")
@@ -316,37 +322,36 @@ def test_the_settings_dialog_names_them_in_the_users_language(page, site, shot):
 
 def test_no_console_errors_beyond_those_without_the_monitor(baseline, errors):
     """Of everything the tests above did."""
-    assert [text for text in errors.texts if text not in baseline.texts] == []
+    new = sorted(text for text in {*errors.texts} - {*baseline.texts} if not any(own in text for own in CORES_OWN))
+    assert not new, "\n".join(new)
 
 
 def test_it_costs_the_browser_and_the_server_little(page, site):
-    """One core is 100 %. With the tab closed, as it is most of the time; eight chips, a sample a second."""
+    """CPU time of all the browser's processes and of the server, with the monitor on less with it off.
+
+    Eight chips, tab closed, as it is most of the time. Four samples a second, so that a quarter is what one costs: more
+    of it shows above what the page and a busy machine do anyway.
+    """
     expect(value(page, "hbm")).to_have_text("50%")
-    client = page.context.new_cdp_session(page)
-    client.send("Performance.enable")
-    server = psutil.Process(site.server.pid)
+    browsers = [each for each in psutil.Process().children(recursive=True) if "chrom" in each.name()]
+    servers = [psutil.Process(site.server.pid)]
+    assert browsers
 
     def spent(rate: float) -> tuple[float, float]:
         set_settings(page, **{"TPUMonitor.Rate": rate})
-        page.wait_for_timeout(500)
-        start, browser, served = time.monotonic(), task_seconds(client), cpu_seconds(server)
-        page.wait_for_timeout(3000)
-        seconds = time.monotonic() - start
-        return (task_seconds(client) - browser) / seconds, (cpu_seconds(server) - served) / seconds
+        page.wait_for_timeout(300)
+        start, before = time.monotonic(), (cpu_seconds(browsers), cpu_seconds(servers))
+        page.wait_for_timeout(1500)
+        after, seconds = (cpu_seconds(browsers), cpu_seconds(servers)), time.monotonic() - start
+        return tuple((b - a) / seconds for a, b in zip(before, after, strict=True))
 
-    idle, working = spent(0), spent(1)
-    browser, served = (100 * (w - i) for w, i in zip(working, idle, strict=True))
-    print(f"\n{site.frontend}: browser {browser:.2f} % of a core, server {served:.2f} %")
+    # In turns, so that what else the machine does falls on both.
+    pairs = [(spent(0), spent(0.25)) for _ in range(2)]
+    browser, served = (100 * sum(on[each] - off[each] for off, on in pairs) / len(pairs) / 4 for each in range(2))
+    print(f"\n{site.frontend}: browser {browser:.2f} %, server {served:.2f} % of a core at one sample a second")
     assert browser <= 2
     assert served <= 1
 
 
-def task_seconds(client) -> float:
-    """Time of the page's main thread spent in tasks: scripts, style, layout, paint."""
-    metrics = {each["name"]: each["value"] for each in client.send("Performance.getMetrics")["metrics"]}
-    return metrics["TaskDuration"]
-
-
-def cpu_seconds(process: psutil.Process) -> float:
-    times = process.cpu_times()
-    return times.user + times.system
+def cpu_seconds(processes: list[psutil.Process]) -> float:
+    return sum(times.user + times.system for times in (each.cpu_times() for each in processes if each.is_running()))

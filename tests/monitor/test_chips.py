@@ -104,6 +104,13 @@ def test_hbm_can_be_missing_while_the_duty_cycle_is_known(reader):
     assert "hbm" in found.unavailable
 
 
+def test_a_runtime_that_reports_nothing_is_no_failure(reader):
+    with MetricsServer([]) as server:
+        found = reader(server).read()
+    assert found.chips == ()
+    assert found.unavailable["chips"].code == "not-reported"
+
+
 def test_two_devices_of_one_chip_share_its_duty_cycle(reader):
     fakes = [FakeChip(duty_cycle=10.0), FakeChip(duty_cycle=10.0), FakeChip(duty_cycle=90.0), FakeChip(duty_cycle=90.0)]
     with MetricsServer(fakes, devices_per_duty=2) as server:

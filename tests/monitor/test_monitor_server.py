@@ -137,6 +137,25 @@ def test_the_event_loop_goes_on_while_a_sample_is_late(world):
     asyncio.run(story())
 
 
+def test_sampling_that_fails_stops_until_a_page_asks_again(world):
+    def fail():
+        world.sampler.taken += 1
+        raise RuntimeError("broken")
+
+    async def story():
+        world.server.sockets["page"] = object()
+        take, world.sampler.sample = world.sampler.sample, fail
+        world.monitor.listen("page", 0.25)
+        await asyncio.sleep(0.6)
+        assert world.sampler.taken == 1
+        world.sampler.sample = take
+        world.monitor.listen("page", 0.25)
+        await asyncio.sleep(0.1)
+        assert world.server.sent
+
+    asyncio.run(story())
+
+
 def test_askers_at_the_same_time_share_one_sample(world):
     async def story():
         return await asyncio.gather(*(world.monitor.sample() for _ in range(5)))

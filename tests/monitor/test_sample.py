@@ -66,6 +66,14 @@ def test_a_reader_that_fails_leaves_the_rest():
     assert sample.unavailable["chips"] == Reason("error", "RuntimeError: broken")
 
 
+def test_a_process_that_cannot_be_asked_leaves_the_rest():
+    def fail():
+        raise RuntimeError("the device is gone")
+
+    sample = Sampler(Reader(Chips((Chip(0, 1, 2),))), fail).sample()
+    assert (sample.chips, dict(sample.held)) == ((Chip(0, 1, 2),), {})
+
+
 def test_hbm_of_this_process_stands_in_for_a_silent_service():
     found = Chips((Chip(0, hbm_total=9),), "TPU v6e", unavailable={"chips": NOT_RUNNING})
     sample = Sampler(Reader(found), lambda: InProcess({}, (Chip(0, 3, 8),))).sample()

@@ -79,11 +79,7 @@ class Monitor {
   }
 
   async free() {
-    const response = await api.fetchApi("/free", {
-      method: "POST",
-      headers: { "Content-Type": "application/json" },
-      body: JSON.stringify({ unload_models: true }),
-    });
+    const response = await post("/free", { unload_models: true });
     const freed = this.run.running ? text("freedLater") : text("freed");
     app.extensionManager.toast.add({
       severity: response.ok ? "success" : "error",
@@ -96,6 +92,23 @@ class Monitor {
 
 function toggleTab() {
   app.extensionManager.command.execute(`Workspace.ToggleSidebarTab.${TAB}`);
+}
+
+/** The server's answer; one that says what went wrong if none came. */
+async function post(route, body) {
+  const headers = { "Content-Type": "application/json" };
+  return api
+    .fetchApi(route, { method: "POST", headers, body: JSON.stringify(body) })
+    .catch((error) => ({ ok: false, status: error.message }));
+}
+
+async function disks() {
+  try {
+    const response = await api.fetchApi("/tpu-monitor/sample");
+    return response.ok ? (await response.json()).disks : [];
+  } catch {
+    return [];
+  }
 }
 
 function addStyles() {
@@ -123,7 +136,6 @@ app.registerExtension({
       type: "custom",
       render: (container) => monitor.openIn(container),
     });
-    const response = await api.fetchApi("/tpu-monitor/sample");
-    addDiskSetting(response.ok ? (await response.json()).disks : [], configure);
+    addDiskSetting(await disks(), configure);
   },
 });

@@ -9,7 +9,8 @@ const PLACES = [
   (strip) => insert(app.ui?.menuContainer, (menu) => menu.append(strip)),
   (strip) => insert(document.body, (body) => body.append(strip)),
 ];
-const RETRY_MS = 5000;
+// The frontend may still be building its menu when the page has loaded; later a better place is rare.
+const [EARLY_MS, EARLY_RETRY_MS, RETRY_MS] = [15000, 500, 5000];
 
 function insert(target, put) {
   if (!target?.isConnected) return false;
@@ -22,13 +23,16 @@ export class Mount {
     this.strip = strip;
     this.place = PLACES.length;
     this.tried = 0;
+    this.made = performance.now();
     this.observer = new MutationObserver(() => this.strip.isConnected || this.#attach());
   }
 
   /** Called with each sample: attach the strip if it was thrown out or hidden, or look for a better place. */
   ensure() {
     const visible = this.strip.isConnected && this.strip.checkVisibility();
-    if (visible && (this.place === 0 || performance.now() - this.tried < RETRY_MS)) return;
+    const now = performance.now();
+    const wait = now - this.made < EARLY_MS ? EARLY_RETRY_MS : RETRY_MS;
+    if (visible && (this.place === 0 || now - this.tried < wait)) return;
     this.#attach();
   }
 

@@ -5,7 +5,8 @@ import { app } from "../../scripts/app.js";
 
 const CATEGORY = "TPU/Monitor/";
 const WIDGET = "shown_text";
-const MIN_HEIGHT = 60;
+const MIN_WIDTH = 260;
+const MIN_HEIGHT = 100;
 
 function createBox() {
   const box = document.createElement("textarea");
@@ -30,7 +31,7 @@ function textWidget(node) {
   });
   widget.serialize = false; // nor of the saved workflow
   const [width, height] = node.computeSize();
-  node.setSize([Math.max(node.size[0], width), Math.max(node.size[1], height + MIN_HEIGHT)]);
+  node.setSize([Math.max(node.size[0], width, MIN_WIDTH), Math.max(node.size[1], height)]);
   return widget;
 }
 

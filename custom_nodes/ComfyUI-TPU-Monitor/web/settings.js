@@ -61,8 +61,10 @@ export function definitions(onChange) {
       category: [GROUP, "Strip", WIDTH],
     },
   ];
-  return [...show, ...others].map((each) => ({
+  return [...show, ...others].map((each, index) => ({
     ...each,
+    // The dialog shows higher ones first.
+    sortOrder: 100 - index,
     defaultValue: DEFAULTS[each.id],
     onChange: teller(each.id, onChange),
   }));
