@@ -54,6 +54,33 @@ def attention(
     return _attend_in_blocks(query, key, value, mask, scale, block)
 
 
+def attention_with_lse(
+    query: jax.Array,
+    key: jax.Array,
+    value: jax.Array,
+    *,
+    scale: float | None = None,
+    smooth_keys: bool = False,
+    logits_budget: int = LOGITS_BUDGET_BYTES,
+) -> tuple[jax.Array, jax.Array]:
+    """:func:`attention` without a mask, and what is needed to merge it with attention to other keys.
+
+    Returns:
+        ``[B, H, Sq, Dv]`` in the query's dtype, and ``[B, H, Sq]`` float32: log2 of each row's sum of exp2 of its
+        base-2 logits (logit · log2 e), of the smoothed keys if they are smoothed.
+    """
+    _check_shapes(query, key, value)
+    if smooth_keys:
+        key = (key - jnp.mean(key, axis=2, keepdims=True, dtype=jnp.float32)).astype(key.dtype)
+    scale = 1 / math.sqrt(query.shape[-1]) if scale is None else scale
+    block = _query_block(query.shape, key.shape[2], 1, logits_budget)
+    if block >= query.shape[2]:
+        return _attend_with_lse(query, key, value, scale)
+    stacked = _query_blocks(query, block)
+    out, lse = jax.lax.map(lambda q: _attend_with_lse(q, key, value, scale), stacked)
+    return _join_blocks(out, query.shape[2]), _join_blocks(lse, query.shape[2])
+
+
 def _check_shapes(query: jax.Array, key: jax.Array, value: jax.Array) -> None:
     agree = query.ndim == key.ndim == value.ndim == 4 and key.shape[:3] == value.shape[:3]
     if not (agree and query.shape[:2] == key.shape[:2] and query.shape[3] == key.shape[3]):
@@ -87,18 +114,40 @@ def _attend(query, key, value, mask, scale):
     return out.astype(query.dtype)
 
 
-def _attend_in_blocks(query, key, value, mask, scale, block):
+def _attend_with_lse(query, key, value, scale):
+    logits = jnp.einsum("bhqd,bhkd->bhqk", query, key, preferred_element_type=jnp.float32) * scale
+    largest = jnp.max(logits, axis=-1, keepdims=True)
+    weights = jnp.exp(logits - largest)
+    total = jnp.sum(weights, axis=-1, keepdims=True)
+    weights = (weights / total).astype(value.dtype)
+    out = jnp.einsum("bhqk,bhkd->bhqd", weights, value, preferred_element_type=jnp.float32)
+    lse = largest * math.log2(math.e) + jnp.log2(total)
+    return out.astype(query.dtype), lse[..., 0]
+
+
+def _query_blocks(query, block):
+    """``[B, H, S, D]`` → ``[blocks, B, H, block, D]``; only queries are padded, :func:`_join_blocks` cuts them off."""
     batch, heads, rows, width = query.shape
     blocks = math.ceil(rows / block)
-    # Only queries are padded; their rows are cut off again, so no padding is ever attended to.
     padded = jnp.pad(query, ((0, 0), (0, 0), (0, blocks * block - rows), (0, 0)))
-    stacked = jnp.moveaxis(padded.reshape(batch, heads, blocks, block, width), 2, 0)
+    return jnp.moveaxis(padded.reshape(batch, heads, blocks, block, width), 2, 0)
+
+
+def _join_blocks(blocks, rows):
+    """``[blocks, B, H, block, ...]`` → ``[B, H, rows, ...]``."""
+    joined = jnp.moveaxis(blocks, 0, 2)
+    return joined.reshape(*joined.shape[:2], -1, *joined.shape[4:])[:, :, :rows]
+
+
+def _attend_in_blocks(query, key, value, mask, scale, block):
+    rows = query.shape[2]
+    stacked = _query_blocks(query, block)
     if mask is None or mask.ndim < 2 or mask.shape[-2] == 1:
         out = jax.lax.map(lambda q: _attend(q, key, value, mask, scale), stacked)
     else:
+        blocks = stacked.shape[0]
         mask_padding = [(0, 0)] * (mask.ndim - 2) + [(0, blocks * block - rows), (0, 0)]
         row_blocks = jnp.pad(mask, mask_padding).reshape(*mask.shape[:-2], blocks, block, mask.shape[-1])
         row_blocks = jnp.moveaxis(row_blocks, -3, 0)
         out = jax.lax.map(lambda qm: _attend(qm[0], key, value, qm[1], scale), (stacked, row_blocks))
-    out = jnp.moveaxis(out, 0, 2).reshape(batch, heads, blocks * block, value.shape[-1])
-    return out[:, :, :rows]
+    return _join_blocks(out, rows)

@@ -23,6 +23,8 @@ from comfyui_tpu.runtime.errors import PlanError
 REPLICATED = "replicated"
 LARGEST_AXIS = "largest axis"
 
+ATTENTION = ("heads", "ring", "replicated")
+
 
 @dataclass(frozen=True)
 class Plan:
@@ -36,8 +38,10 @@ class Plan:
             layer axes of stacked weights are never sharded and never counted.
         gather_weights: sharded weights of repeated blocks are gathered just before their layer uses them (FSDP).
         shard_tokens: the token axis of ``[B, S, C]`` activations between blocks is spread over all chips.
-        attention: ``"heads"``: each chip attends for some heads over all tokens (all-to-all before and after);
-            ``"replicated"``: no constraint on attention.
+        attention: ``"heads"``: each chip attends for some heads over all tokens (all-to-all before and after), and
+            where heads are too few for that, keys go round a ring of as few chips as waste least; ``"ring"``: keys go
+            round all chips; ``"replicated"``: no constraint on attention. Contexts shorter than the queries stay whole.
+        ring_chips: with ``"heads"``, over how many chips keys go round; None decides by the number of heads.
         min_sharded_elements: smaller parameters are replicated under :data:`LARGEST_AXIS`: gathering them would cost a
             collective's latency to save under 128 KiB a chip.
         shard_space: height and width of ``[B, C, H, W]`` and ``[B, C, T, H, W]`` activations are spread over the axes.
@@ -48,9 +52,21 @@ class Plan:
     weights: tuple[tuple[str, PartitionSpec | str], ...] = ()
     gather_weights: bool = False
     shard_tokens: bool = False
-    attention: Literal["heads", "replicated"] = "replicated"
+    attention: Literal["heads", "ring", "replicated"] = "replicated"
+    ring_chips: int | None = None
     min_sharded_elements: int = 2**16
     shard_space: bool = False
+
+    def __post_init__(self) -> None:
+        if self.attention not in ATTENTION:
+            raise PlanError(f"plan '{self.name}': attention must be one of {ATTENTION}; got {self.attention!r}.")
+        if self.ring_chips is None:
+            return
+        if self.attention != "heads" or self.ring_chips < 1 or self.chips % self.ring_chips:
+            raise PlanError(
+                f"plan '{self.name}': ring_chips goes with attention='heads' and must divide the {self.chips} chips; "
+                f"got {self.ring_chips} with {self.attention!r}."
+            )
 
     @property
     def chips(self) -> int:
