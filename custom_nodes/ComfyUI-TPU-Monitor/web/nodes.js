@@ -13,6 +13,8 @@ function createBox() {
   box.className = "comfy-multiline-input";
   box.readOnly = true;
   box.spellcheck = false;
+  // Frontend 1.32's "Nodes 2.0" leaves an element at its own size.
+  Object.assign(box.style, { width: "100%", height: "100%", minHeight: "60px", boxSizing: "border-box", resize: "none" });
   return box;
 }
 
