@@ -34,6 +34,8 @@ CHROMIUM_FLAGS = [
     "--disable-sync",
 ]
 LOAD_MS = 60_000
+# Complaints that are core's own but come only once a browser, or depend on when the page is left.
+CORES_OWN = ("favicon.ico", "api.comfy.org", "api/userdata")
 READY = "() => window.app?.graph && window.app.extensionManager"
 
 
@@ -61,16 +63,25 @@ class Site:
 
 @dataclass
 class Errors:
-    """What a page complains about in its console."""
+    """What a page complains about in its console: in a line without numbers → in full."""
 
-    texts: list[str] = field(default_factory=list)
+    texts: dict[str, str] = field(default_factory=dict)
 
     def watch(self, page: Page) -> None:
         page.on("console", lambda message: message.type == "error" and self._add(message))
-        page.on("pageerror", lambda error: self.texts.append(_without_numbers(f"uncaught {error}")))
+        page.on("pageerror", lambda error: self._keep(f"uncaught {error}\n{error.stack}"))
 
     def _add(self, message) -> None:
-        self.texts.append(_without_numbers(f"{message.text} ({message.location.get('url', '')})"))
+        first, _, rest = message.text.partition("\n")
+        self._keep(f"{first} ({message.location.get('url', '')})\n{rest}")
+
+    def _keep(self, text: str) -> None:
+        self.texts.setdefault(_without_numbers(text), text)
+
+    def beyond(self, baseline: Errors) -> list[str]:
+        """What is not in `baseline` and not core's own."""
+        new = [full for short, full in self.texts.items() if short not in baseline.texts]
+        return [full for full in new if not any(own in full.split("\n")[0] for own in CORES_OWN)]
 
 
 def _without_numbers(text: str) -> str:
@@ -160,6 +171,26 @@ def load(page: Page, site: Site) -> None:
     page.wait_for_function(READY, timeout=LOAD_MS)
 
 
+def set_settings(page: Page, **settings: object) -> None:
+    """As the settings dialog does it."""
+    script = (
+        "async (all) => { for (const [id, v] of Object.entries(all)) await app.extensionManager.setting.set(id, v) }"
+    )
+    page.evaluate(script, settings)
+
+
+def queue_steps(page: Page, seconds: float) -> None:
+    script = """async (seconds) => {
+        app.graph.clear();
+        const node = LiteGraph.createNode("ProbeSteps");
+        node.title = "Twenty steps";
+        node.widgets.find((widget) => widget.name === "seconds").value = seconds;
+        app.graph.add(node);
+        await app.queuePrompt(0);
+    }"""
+    page.evaluate(script, seconds)
+
+
 @pytest.fixture(scope="package")
 def errors() -> Errors:
     """Of the shared page."""
@@ -170,6 +201,33 @@ def errors() -> Errors:
 def page(open_page, errors, site) -> Page:
     site.set_chips(8, hbm_used=16 * GIB, duty_cycle=40, tensorcore=30)
     return open_page(errors)
+
+
+@pytest.fixture(scope="package")
+def baseline(open_page) -> Errors:
+    """What the same server's page complains about without our scripts, used as the tests use it."""
+    errors = Errors()
+
+    def without_ours(route):
+        answer = route.fetch()
+        route.fulfill(response=answer, json=[path for path in answer.json() if "TPU" not in path])
+
+    page = open_page(errors, before=lambda page: page.route("**/extensions", without_ours))
+    page.wait_for_timeout(1500)
+    assert page.locator("#tpu-monitor-strip").count() == 0
+    for name, values in (("Comfy.UseNewMenu", ("Disabled", "Top")), ("Comfy.ColorPalette", ("light", "dark"))):
+        for each in values:
+            set_settings(page, **{name: each})
+            page.wait_for_timeout(200)
+    queue_steps(page, seconds=0.2)
+    page.wait_for_timeout(1000)
+    page.reload()
+    page.wait_for_function(READY)
+    page.wait_for_timeout(1000)
+    page.evaluate("app.extensionManager.command.execute('Comfy.ShowSettingsDialog')")
+    page.wait_for_timeout(500)
+    page.context.close()
+    return errors
 
 
 @pytest.fixture

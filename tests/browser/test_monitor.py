@@ -10,11 +10,9 @@ import psutil
 import pytest
 from playwright.sync_api import Page, expect
 
-from tests.browser.conftest import READY, Errors, Site, load
+from tests.browser.conftest import Site, load, queue_steps, set_settings
 from tests.monitor.metrics_server import GIB
 
-# Complaints that are core's own but come only once a browser, or depend on when the page is left.
-CORES_OWN = ("favicon.ico", "api.comfy.org", "api/userdata")
 STRIP, PANEL = "#tpu-monitor-strip", "#tpu-monitor-panel"
 ITEMS = ["cpu", "ram", "disk", "hbm", "duty", "tensorcore"]
 DEFAULTS = {
@@ -30,33 +28,6 @@ DEFAULTS = {
 }
 
 
-@pytest.fixture(scope="module")
-def baseline(open_page) -> Errors:
-    """What the same server's page complains about without our scripts, used as the tests use it."""
-    errors = Errors()
-
-    def without_ours(route):
-        answer = route.fetch()
-        route.fulfill(response=answer, json=[path for path in answer.json() if "TPU" not in path])
-
-    page = open_page(errors, before=lambda page: page.route("**/extensions", without_ours))
-    page.wait_for_timeout(1500)
-    assert page.locator(STRIP).count() == 0
-    for name, values in (("Comfy.UseNewMenu", ("Disabled", "Top")), ("Comfy.ColorPalette", ("light", "dark"))):
-        for each in values:
-            set_settings(page, **{name: each})
-            page.wait_for_timeout(200)
-    queue_steps(page, seconds=0.2)
-    page.wait_for_timeout(1000)
-    page.reload()
-    page.wait_for_function(READY)
-    page.wait_for_timeout(1000)
-    page.evaluate("app.extensionManager.command.execute('Comfy.ShowSettingsDialog')")
-    page.wait_for_timeout(500)
-    page.context.close()
-    return errors
-
-
 @pytest.fixture(autouse=True)
 def afresh(baseline, page: Page, site: Site):
     """Each test begins with eight chips and the default settings."""
@@ -64,14 +35,6 @@ def afresh(baseline, page: Page, site: Site):
     yield
     if not page.is_closed():
         set_settings(page, **DEFAULTS)
-
-
-def set_settings(page: Page, **settings: object) -> None:
-    """As the settings dialog does it."""
-    script = (
-        "async (all) => { for (const [id, v] of Object.entries(all)) await app.extensionManager.setting.set(id, v) }"
-    )
-    page.evaluate(script, settings)
 
 
 def item(page: Page, key: str):
@@ -86,18 +49,6 @@ def filled(item) -> float:
     """How much of an item its fill covers, 0 to 1."""
     fill = item.locator(".tpu-monitor-fill")
     return fill.evaluate("e => e.getBoundingClientRect().width / e.parentElement.clientWidth")
-
-
-def queue_steps(page: Page, seconds: float) -> None:
-    script = """async (seconds) => {
-        app.graph.clear();
-        const node = LiteGraph.createNode("ProbeSteps");
-        node.title = "Twenty steps";
-        node.widgets.find((widget) => widget.name === "seconds").value = seconds;
-        app.graph.add(node);
-        await app.queuePrompt(0);
-    }"""
-    page.evaluate(script, seconds)
 
 
 def open_tab(page: Page) -> None:
@@ -322,8 +273,7 @@ def test_the_settings_dialog_names_them_in_the_users_language(page, site, shot):
 
 def test_no_console_errors_beyond_those_without_the_monitor(baseline, errors):
     """Of everything the tests above did."""
-    new = sorted(text for text in {*errors.texts} - {*baseline.texts} if not any(own in text for own in CORES_OWN))
-    assert not new, "\n".join(new)
+    assert not errors.beyond(baseline), "\n".join(errors.beyond(baseline))
 
 
 def test_it_costs_the_browser_and_the_server_little(page, site):
