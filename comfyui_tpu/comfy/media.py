@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import secrets
 from collections.abc import Iterator
@@ -81,8 +82,10 @@ def check(name: str | None, allowed: tuple[str, ...] = (INPUT, OUTPUT, TEMP)) ->
         return str(error)
 
 
-def fingerprint(name: str, allowed: tuple[str, ...] = (INPUT, OUTPUT, TEMP)) -> str:
-    """Changes when the file does."""
+def fingerprint(name: str | None, allowed: tuple[str, ...] = (INPUT, OUTPUT, TEMP)) -> str | float:
+    """Changes when the file does. None: the value comes through a link and is not known yet; run in any case."""
+    if name is None:
+        return math.nan
     located = locate(name, allowed)
     stat = located.path.stat()
     return f"{located.path}:{stat.st_size}:{stat.st_mtime_ns}"
@@ -171,6 +174,8 @@ def save_images(
     """
     import folder_paths
 
+    if images.ndim != 4 or not len(images):
+        raise MetadataError(f"expected pictures [at least 1, height, width, channels], got {list(images.shape)}")
     height, width = images.shape[1:3]
     root = folder_paths.get_directory_by_type(folder_type)
     parent, name, counter, subfolder, _ = folder_paths.get_save_image_path(prefix, root, width, height)

@@ -13,7 +13,14 @@ def take_sample() -> dict:
 
     server = PromptServer.instance
     # The monitor lives on the server's event loop, which is not the loop that runs nodes.
-    return asyncio.run_coroutine_threadsafe(server.tpu_monitor.sample(), server.loop).result(TIMEOUT_SECONDS).to_json()
+    coming = asyncio.run_coroutine_threadsafe(server.tpu_monitor.sample(), server.loop)
+    try:
+        return coming.result(TIMEOUT_SECONDS).to_json()
+    except TimeoutError:
+        coming.cancel()
+        raise TimeoutError(
+            f"the machine's figures did not come within {TIMEOUT_SECONDS} s; see the server's log"
+        ) from None
 
 
 def describe_sample(sample: dict) -> str:

@@ -33,9 +33,10 @@ def interpret(texts: dict[str, str]) -> Parts:
             extra["xmp"] = text
         else:
             extra[name] = value
-    for name, value in [*extra.items(), *((XMP[0], _from_xmp(extra[key])) for key in XMP[:1] if key in extra)]:
-        if name.lower() in (*_CONTAINERS, XMP[0]) and isinstance(value, dict):
+    for name, value in extra.items():
+        if name.lower() in _CONTAINERS and isinstance(value, dict):
             _take_nested(parts, value)
+    _take_nested(parts, _from_xmp(extra.get("xmp", "")))
     return parts[PROMPT], parts[WORKFLOW], extra
 
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 from comfy_api.latest import io
 
 from comfyui_tpu.comfy import media
-from comfyui_tpu.comfy.conversions import check_choice
+from comfyui_tpu.comfy.conversions import check_choice, check_ranges
+from comfyui_tpu.comfy.inputs import limits
 from comfyui_tpu.metadata.diff import compare, describe
 from comfyui_tpu.metadata.errors import MetadataError
 from comfyui_tpu.metadata.jsontext import dump
@@ -14,6 +15,7 @@ from comfyui_tpu.metadata.writing import check_reserved, extra_texts
 
 CATEGORY = "TPU/Monitor/Metadata"
 EVERYTHING = "everything"
+RANGES = {"video_frames": (0, 100_000)}
 
 MetadataRaw = io.Custom("METADATA_RAW_TPU")
 
@@ -57,8 +59,7 @@ class LoadImageWithMetadataTPU(io.ComfyNode):
                 io.Int.Input(
                     "video_frames",
                     default=1,
-                    min=0,
-                    max=100_000,
+                    **limits(RANGES, "video_frames"),
                     optional=True,
                     tooltip="How many frames of a video to load, from its start; 0 loads all. "
                     "Animated pictures are always loaded whole.",
@@ -84,6 +85,7 @@ class LoadImageWithMetadataTPU(io.ComfyNode):
 
     @classmethod
     def execute(cls, image: str, video_frames: int = 1) -> io.NodeOutput:
+        check_ranges(RANGES, {"video_frames": video_frames})
         located = media.locate(image)
         found = located.metadata()
         pictures, mask = media.load_image(located.path, video_frames)

@@ -102,12 +102,12 @@ VISIBLE = """() => [...document.querySelectorAll("textarea")]
   .map((box) => box.value)"""
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def errors() -> Errors:
     return Errors()
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def page(open_page, errors) -> Iterator[Page]:
     """A page of its own: the frontend asks the registry for each node type, which the console complains about."""
     page = open_page(errors)

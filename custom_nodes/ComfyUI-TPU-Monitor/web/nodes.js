@@ -7,6 +7,7 @@ const CATEGORY = "TPU/Monitor/";
 const WIDGET = "shown_text";
 const MIN_WIDTH = 260;
 const MIN_HEIGHT = 100;
+const PICTURE_HEIGHT = 220; // what the frontend gives a picture under the widgets
 
 function createBox() {
   const box = document.createElement("textarea");
@@ -18,7 +19,7 @@ function createBox() {
   return box;
 }
 
-function textWidget(node) {
+function textWidget(node, pictureHeight) {
   const found = node.widgets?.find((widget) => widget.name === WIDGET);
   if (found) return found;
   const box = createBox();
@@ -33,14 +34,14 @@ function textWidget(node) {
   });
   widget.serialize = false; // nor of the saved workflow
   const [width, height] = node.computeSize();
-  node.setSize([Math.max(node.size[0], width, MIN_WIDTH), Math.max(node.size[1], height)]);
+  node.setSize([Math.max(node.size[0], width, MIN_WIDTH), Math.max(node.size[1], height + pictureHeight)]);
   return widget;
 }
 
 function showText(node, output) {
   const text = output?.text;
   if (!Array.isArray(text)) return;
-  textWidget(node).value = text.join("\n");
+  textWidget(node, output.images?.length ? PICTURE_HEIGHT : 0).value = text.join("\n");
   node.setDirtyCanvas?.(true, true);
 }
 
