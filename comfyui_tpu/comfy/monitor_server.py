@@ -169,9 +169,9 @@ def add_routes(routes: web.RouteTableDef, monitor: Monitor, clients: Mapping[str
 
 def start_monitor(make_sampler: Callable[[], Sampler] = lambda: Sampler(in_process=in_process)) -> None:
     """Add the monitor to the running ComfyUI server. Safe to call again, and where there is no server."""
-    from server import PromptServer
-
-    server = getattr(PromptServer, "instance", None)
+    # ComfyUI has imported it if it serves; a script that only loads nodes must not do so for us.
+    module = sys.modules.get("server")
+    server = getattr(getattr(module, "PromptServer", None), "instance", None)
     if server is None or hasattr(server, "tpu_monitor"):
         return
     server.tpu_monitor = Monitor(server, make_sampler())
