@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import heapq
 import json
 import math
 import os
@@ -92,29 +93,39 @@ def fingerprint(name: str | None, allowed: tuple[str, ...] = (INPUT, OUTPUT, TEM
 
 
 def list_media() -> list[str]:
-    """Names for a combo: all pictures and videos of the input folder, then the newest of the output folder."""
-    inputs = sorted(islice(_media(folder(INPUT)), MAX_LISTED))
-    outputs = sorted(_media(folder(OUTPUT)), key=lambda name: _modified(folder(OUTPUT) / name), reverse=True)
-    return [*inputs, *(f"{name} [{OUTPUT}]" for name in outputs[:NEWEST_OUTPUTS])]
+    """Names for a combo: all pictures and videos of the input folder, then the newest of the output folder.
+
+    ComfyUI asks for it several times a run, so it must be quick.
+    """
+    inputs = sorted(name for name, _ in islice(_media(folder(INPUT)), MAX_LISTED))
+    outputs = heapq.nlargest(NEWEST_OUTPUTS, _media(folder(OUTPUT)), key=lambda found: _modified(found[1]))
+    return [*inputs, *(f"{name} [{OUTPUT}]" for name, _ in outputs)]
 
 
-def _media(root: Path) -> Iterator[str]:
-    for path in islice(_walk(root), MAX_WALKED):
-        if path.name.lower().endswith(SUFFIXES):
-            yield path.relative_to(root).as_posix()
+def _media(root: Path) -> Iterator[tuple[str, os.DirEntry]]:
+    """(path below ``root``, entry) of each picture and video."""
+    return (found for found in islice(_walk(str(root), ""), MAX_WALKED) if found[0].lower().endswith(SUFFIXES))
 
 
-def _walk(root: Path) -> Iterator[Path]:
-    for parent, folders, files in os.walk(root):
-        # Hidden folders, and the mask editor's scratch pad.
-        folders[:] = sorted(each for each in folders if not each.startswith(".") and each != "clipspace")
-        yield from (Path(parent, name) for name in files if not name.startswith("."))
-
-
-def _modified(path: Path) -> float:
+def _walk(path: str, above: str) -> Iterator[tuple[str, os.DirEntry]]:
     try:
-        return path.stat().st_mtime
-    except OSError:  # gone meanwhile
+        entries = list(os.scandir(path))
+    except OSError:  # gone meanwhile, or not ours to read
+        return
+    for entry in entries:
+        # Hidden files and folders, and the mask editor's scratch pad.
+        if entry.name.startswith(".") or entry.name == "clipspace":
+            continue
+        if entry.is_dir(follow_symlinks=False):
+            yield from _walk(entry.path, f"{above}{entry.name}/")
+        else:
+            yield above + entry.name, entry
+
+
+def _modified(entry: os.DirEntry) -> float:
+    try:
+        return entry.stat().st_mtime
+    except OSError:
         return 0.0
 
 

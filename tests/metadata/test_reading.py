@@ -187,7 +187,7 @@ def test_a_file_cut_off_anywhere_ends_in_a_clear_error_or_in_what_is_left(files,
         assert outcomes <= {"error/error", "error/True"}  # Pillow does not need the last chunk
 
 
-@pytest.mark.filterwarnings("ignore::UserWarning")  # Pillow's, of damaged EXIF
+@pytest.mark.filterwarnings("ignore::UserWarning", "ignore::RuntimeWarning")  # Pillow's, of what is damaged
 @pytest.mark.parametrize("name", media.WRITERS)
 def test_a_file_with_random_damage_ends_in_a_clear_error_or_in_what_can_be_read(files, name, tmp_path, monkeypatch):
     # Damage in a size makes a picture of 100 million black pixels, which would only take time.
