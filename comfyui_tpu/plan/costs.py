@@ -8,6 +8,7 @@ wait for counts. All of it is an estimate: nothing here was measured on a TPU.
 from __future__ import annotations
 
 import dataclasses
+import re
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -33,8 +34,9 @@ _MOVES = {"copy", "slice", "dynamic-slice", "dynamic-update-slice", "pad", "resh
 _MOVES |= {"concatenate", "gather", "reverse", "bitcast-convert", "copy-start", "slice-start"}
 _READS_A_PART = {"dynamic-slice", "slice", "gather"}
 _KERNEL = "tpu_custom_call"
-# Frames of the libraries between a model's own line and the operation; a model's line says more than theirs.
-_MODEL_PACKAGES = ("/diffusers/", "/transformers/", "/comfyui_tpu/models/", "/comfyui_tpu/ops/")
+_ATTENTION_FILES = r"/comfyui_tpu/ops/[a-z_]*(attention|splash)[a-z_]*\.py$"
+# Between a model's own line and the operation lie lines of torch, torchax and JAX, which say little.
+_MODEL_PACKAGES = ("/diffusers/", "/transformers/", "/comfyui_tpu/models/")
 
 KernelCycles = Callable[[hlo.Instruction], int | None]
 
@@ -49,7 +51,7 @@ class Operation:
         cycles: of all executions.
         executions: how often it runs in one call of the program.
         module: the model's function and line it came from, such as ``"WanTransformerBlock.forward
-            (transformer_wan.py:488)"``; may be empty.
+            (transformer_wan.py:488)"``; where no line is known, the end of its JAX name; may be empty.
     """
 
     name: str
@@ -226,14 +228,18 @@ class _Reader:
         return set().union(*map(self._opcodes, called)) if called else {"fusion"}
 
     def _from_attention(self, instruction: hlo.Instruction) -> bool:
-        return any("/comfyui_tpu/ops/attention" in file for file, _, _ in self.module.source(instruction))
+        return any(re.search(_ATTENTION_FILES, file) for file, _, _ in self.module.source(instruction))
 
     def origin(self, instruction: hlo.Instruction) -> str:
-        """The innermost line of a model's own code, for people."""
+        """The innermost line of a model's own code, for people; of our operators also theirs."""
+        operator = ""
         for file, function, line in self.module.source(instruction):
-            if any(package in file for package in _MODEL_PACKAGES):
-                return f"{function} ({file.rsplit('/', 1)[-1]}:{line})"
-        return ""
+            name = file.rsplit("/", 1)[-1]
+            if "/comfyui_tpu/ops/" in file:
+                operator = operator or f"{name}:{line} in "
+            elif any(package in file for package in _MODEL_PACKAGES):
+                return f"{operator}{function} ({name}:{line})"
+        return operator.removesuffix(" in ") or "/".join(instruction.op_name.split("/")[-2:])
 
     def _hbm_bytes(self, instruction: hlo.Instruction, shapes: dict[str, hlo.Instruction]) -> int:
         """Bytes that one execution reads from and writes to HBM, as far as its arrays lie there."""

@@ -16,6 +16,7 @@ import logging
 import multiprocessing
 import os
 import re
+import signal
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -168,15 +169,22 @@ def _compiled(
         yield from ((index, compile_one(calls[index], effort=effort)) for index, effort in wanted)
         return
     # Processes, because the compiler compiles one program at a time in each; started afresh, because a fork of one in
-    # which the compiler's threads run may hang. Leaving the pool ends what still runs.
+    # which the compiler's threads run may hang.
     work = functools.partial(_work, job, compile_one)
-    with multiprocessing.get_context("spawn").Pool(min(workers, len(wanted))) as pool:
+    pool = multiprocessing.get_context("spawn").Pool(min(workers, len(wanted)))
+    try:
         yield from pool.imap_unordered(work, wanted)
+    finally:
+        pool.terminate()  # also what still runs, when nobody wants it any more
+        pool.join()
 
 
 def _work(job: Job, compile_one: Callable[..., Any], which: tuple[int, str]) -> tuple[int, ProgramEstimate]:
     index, effort = which
-    return index, compile_one(_calls_of(job)[index], effort=effort)
+    calls = _calls_of(job)
+    # The compiler's own handler would print stack traces when the pool ends this process.
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    return index, compile_one(calls[index], effort=effort)
 
 
 @functools.lru_cache(maxsize=1)

@@ -117,7 +117,7 @@ def _operations(estimate: dict[str, Any]) -> str:
         '<tr><th class="n">a call</th><th class="n">of the task</th><th class="n">runs</th><th>kind</th><th>module</th>'
         "<th>program</th><th>operation</th></tr>"
     )
-    return f'<h2>The {TOP} dearest operations</h2><div class="wide"><table>{head}{body}</table></div>'
+    return f'<h2>The {TOP} most expensive operations</h2><div class="wide"><table>{head}{body}</table></div>'
 
 
 def _programs(estimate: dict[str, Any]) -> str:

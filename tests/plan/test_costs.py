@@ -152,3 +152,42 @@ def test_an_all_to_all_is_held_up_by_the_cut_through_the_slice():
 def test_an_all_reduce_takes_twice_an_all_gather():
     gather, reduce = (collective_seconds(kind, 10**9, 8, V6E) for kind in ("all-gather", "all-reduce"))
     assert reduce == pytest.approx(2 * gather)
+
+
+FRAMES = """
+FileNames
+1 "/env/diffusers/models/transformers/transformer_wan.py"
+2 "/repo/comfyui_tpu/ops/attention.py"
+3 "/env/torchax/tensor.py"
+
+FunctionNames
+1 "WanTransformerBlock.forward"
+2 "_attend"
+
+FileLocations
+1 {file_name_id=1 function_name_id=1 line=488}
+2 {file_name_id=2 function_name_id=2 line=77}
+3 {file_name_id=3 function_name_id=2 line=5}
+
+StackFrames
+1 {file_location_id=1 parent_frame_id=1}
+2 {file_location_id=2 parent_frame_id=2}
+3 {file_location_id=3 parent_frame_id=2}
+
+"""
+
+
+@pytest.mark.parametrize(
+    ("frame", "module"),
+    [
+        (2, "attention.py:77 in WanTransformerBlock.forward (transformer_wan.py:488)"),
+        (3, "WanTransformerBlock.forward (transformer_wan.py:488)"),
+        (9, "linear/dot_general"),
+    ],
+)
+def test_an_operation_is_named_after_the_models_line_it_came_from(frame, module):
+    metadata = f'metadata={{op_name="jit(f)/linear/dot_general" stack_frame_id={frame}}}'
+    line = f"ROOT %m = bf16[8,8]{{1,0}} fusion(%x, %x), calls=%fused_matmul, {metadata}, {cycles(1)}"
+    (operation,) = costs.read(program(X, line, before=FRAMES), V6E).operations
+    assert operation.module == module
+    assert operation.category == ("attention" if frame == 2 else "matmul")
