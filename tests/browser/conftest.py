@@ -192,8 +192,8 @@ def queue_steps(page: Page, seconds: float) -> None:
 
 
 @pytest.fixture(scope="package")
-def errors() -> Errors:
-    """Of the shared page."""
+def errors(site) -> Errors:
+    """Of the shared page of a frontend."""
     return Errors()
 
 

@@ -31,7 +31,7 @@ export class ChipList {
   /** One function for each chip that shows its figures. */
   #bars(chips) {
     this.body.replaceChildren();
-    this.body.className = "tpu-monitor-bars";
+    this.body.className = chips.length ? "tpu-monitor-bars" : "";
     if (!chips.length) return [];
     this.body.append(element("span"), ...KEYS.map((key) => element("span", "tpu-monitor-column", text(key))));
     return chips.map((chip) => {

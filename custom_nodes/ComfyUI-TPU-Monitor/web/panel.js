@@ -51,6 +51,7 @@ export class Panel {
       setText(value, percent(figures[key].percent));
       setText(detail, figures[key].detail);
       setTitle(detail, figures[key].detail);
+      detail.classList.toggle("tpu-monitor-wrap", figures[key].percent === null);
       setText(peak, history.peaks[key] === null ? "" : text("peak", percent(history.peaks[key])));
       sparkline.draw(history.series[key]);
     }
