@@ -23,7 +23,12 @@ including any with a NaN, take the exact online softmax with its running maximum
 RMS norm of weight about 1 at head_dim 128 have r ≤ 16.4.
 
 **Ragged lengths.** A key beyond the end has its logit replaced by the lowest finite number before the exponential,
-which gives a weight of exactly 0, and its value replaced by 0. Only the last slices of a block pay for this test.
+which gives a weight of exactly 0. Which rows of a tile can lie beyond the end is known when the kernel is built; only
+they pay for this test. Queries beyond the end are computed and never written.
+
+**Schedule.** A grid step is a block of queries of one head; its loop takes the keys tile by tile, and copies tiles from
+HBM itself, so that the logits of the next tile's first parts can be computed while this tile's last exponentials are
+taken. The matrix unit then never waits, neither within a tile nor between tiles.
 """
 
 from __future__ import annotations
@@ -36,7 +41,7 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from comfyui_tpu.ops.splash_blocks import Blocks, fit, largest_waste_slices
+from comfyui_tpu.ops.splash_blocks import Blocks, fit
 
 LOG2_E = math.log2(math.e)
 HEADROOM = 64.0  # H above, in powers of two
@@ -88,9 +93,10 @@ def splash_attention(
     q, k, v = (_flat(x, padded) for x in (query, key, value))
     mean = jnp.pad(mean.reshape(batch * heads, width, 1), ((0, 0), (0, padded - width), (0, 0)))
     blocks = fit(blocks, rows, key.shape[2], padded, query.dtype.itemsize)
-    out, lse = _call(
-        q, k, v, mean, radius.reshape(-1), blocks=blocks, factor=scale * LOG2_E, interpret=interpret
-    )
+    # Whole tiles for the kernel's copies; XLA writes these zeros where it writes the keys.
+    k, v = (jnp.pad(x, ((0, 0), (0, -x.shape[1] % blocks.keys), (0, 0))) for x in (k, v))
+    call = functools.partial(_call, keys=key.shape[2], blocks=blocks, factor=scale * LOG2_E, interpret=interpret)
+    out, lse = call(q, k, v, mean, radius.reshape(-1))
     out = out.reshape(batch, heads, rows, padded)[..., :width]
     return (out, lse.reshape(batch, heads, rows)) if return_lse else out
 
@@ -122,36 +128,39 @@ def _flat(x: jax.Array, width: int) -> jax.Array:
 
 
 # Not under jax.jit: the call is traced inside its caller's program, once per shape.
-def _call(q, k, v, mean, radius, *, blocks: Blocks, factor: float, interpret: bool):
+def _call(q, k, v, mean, radius, *, keys: int, blocks: Blocks, factor: float, interpret: bool):
     heads, rows, width = q.shape
-    keys = k.shape[1]
-    query_blocks, key_blocks = pl.cdiv(rows, blocks.queries), pl.cdiv(keys, blocks.keys)
-    kernel = functools.partial(_kernel, blocks=blocks, rows=rows, keys=keys, factor=factor)
-    by_query = pl.BlockSpec((None, blocks.queries, width), lambda h, i, j: (h, i, 0))
-    by_key = pl.BlockSpec((None, blocks.keys, width), lambda h, i, j: (h, j, 0))
-    out, lse = pl.pallas_call(
-        kernel,
-        grid=(heads, query_blocks, key_blocks),
+    tiles, query_blocks = k.shape[1] // blocks.keys, pl.cdiv(rows, blocks.queries)
+    by_query = pl.BlockSpec((None, blocks.queries, width), lambda h, i: (h, i, 0))
+    in_hbm = pl.BlockSpec(memory_space=pl.ANY)
+    return pl.pallas_call(
+        functools.partial(_kernel, blocks=blocks, rows=rows, keys=keys, tiles=tiles, factor=factor),
+        grid=(heads, query_blocks),
         in_specs=[
             pl.BlockSpec(memory_space=pltpu.SMEM),
-            pl.BlockSpec((None, width, 1), lambda h, i, j: (h, 0, 0)),
+            pl.BlockSpec((None, width, 1), lambda h, i: (h, 0, 0)),
             by_query,
-            by_key,
-            by_key,
+            in_hbm,
+            in_hbm,
         ],
-        out_specs=[by_query, pl.BlockSpec((None, 1, blocks.queries), lambda h, i, j: (h, 0, i))],
+        out_specs=[by_query, pl.BlockSpec((None, 1, blocks.queries), lambda h, i: (h, 0, i))],
         out_shape=[
             jax.ShapeDtypeStruct(q.shape, q.dtype),
             jax.ShapeDtypeStruct((heads, 1, rows), jnp.float32),
         ],
-        scratch_shapes=[
-            pltpu.VMEM((width, blocks.queries), q.dtype),
-            pltpu.VMEM((width, blocks.queries), jnp.float32),
-            pltpu.VMEM((8, blocks.queries), jnp.float32),
-            pltpu.VMEM((1, blocks.queries), jnp.float32),
-            pltpu.SMEM((1,), jnp.int32),
-        ],
-        compiler_params=pltpu.CompilerParams(dimension_semantics=("parallel", "parallel", "arbitrary")),
+        scratch_shapes={
+            "k": pltpu.VMEM((min(tiles, 3), blocks.keys, width), k.dtype),
+            "v": pltpu.VMEM((min(tiles, 2), blocks.keys, width), v.dtype),
+            "k_copied": pltpu.SemaphoreType.DMA((3,)),
+            "v_copied": pltpu.SemaphoreType.DMA((2,)),
+            "qt": pltpu.VMEM((width, blocks.queries), q.dtype),
+            "acc": pltpu.VMEM((width, blocks.queries), jnp.float32),
+            "total": pltpu.VMEM((8, blocks.queries), jnp.float32),
+            "shift": pltpu.VMEM((1, blocks.queries), jnp.float32),
+            "early": pltpu.VMEM((blocks.ahead if tiles > 1 else 1, blocks.slice, blocks.columns), jnp.float32),
+            "safe": pltpu.SMEM((1,), jnp.int32),
+        },
+        compiler_params=pltpu.CompilerParams(dimension_semantics=("parallel", "arbitrary")),
         cost_estimate=pl.CostEstimate(
             flops=4 * heads * rows * keys * width,
             transcendentals=heads * rows * keys,
@@ -160,79 +169,186 @@ def _call(q, k, v, mean, radius, *, blocks: Blocks, factor: float, interpret: bo
         interpret=interpret,
         name="splash_attention",
     )(radius, mean, q, k, v)
-    return out, lse
 
 
-def _kernel(
-    radius_ref, mean_ref, q_ref, k_ref, v_ref, out_ref, lse_ref, qt, acc, total, shift, safe, *, blocks, rows, keys, factor
-):
-    """One tile: ``blocks.queries`` queries of a head against ``blocks.keys`` keys.
+def _kernel(radius, mean, q, k_hbm, v_hbm, out, lse, *, k, v, k_copied, v_copied, blocks, rows, keys, tiles, **rest):
+    """All keys for ``blocks.queries`` queries of a head.
 
-    Scratch: ``qt`` ``[D, queries]`` the scaled queries; ``acc`` ``[D, queries]`` and ``total`` ``[8, queries]`` the sums
-    of weighted values and of weights (eight partial sums, one a sublane); ``shift`` ``[1, queries]``; ``safe`` whether
-    the bounded softmax may be used.
+    Scratch: ``k``, ``v`` tiles in turn; ``qt`` ``[D, queries]`` the scaled queries; ``acc`` ``[D, queries]`` and
+    ``total`` ``[8, queries]`` the sums of weighted values and of weights (eight partial sums, one a sublane); ``shift``
+    ``[1, queries]``; ``early`` logits computed a tile ahead; ``safe`` whether the bounded softmax may be used.
     """
-    head, block, step = pl.program_id(0), pl.program_id(1), pl.program_id(2)
-    last = pl.num_programs(2) - 1
-    kept_rows, kept_keys = rows - block * blocks.queries, keys - step * blocks.keys
-    mask_from = blocks.slices - largest_waste_slices(keys, blocks)
+    head, block = pl.program_id(0), pl.program_id(1)
 
-    @pl.when(step == 0)
-    def _start():
-        scaled = q_ref[...].astype(jnp.float32).T * factor
-        qt[...] = scaled.astype(qt.dtype)
-        reach = jnp.sqrt(jnp.sum(scaled * scaled, axis=0, keepdims=True)) * radius_ref[head]
-        centre = jnp.sum(scaled * mean_ref[...], axis=0, keepdims=True)
+    def copy(source, into, copied, tile):
+        slot = tile % into.shape[0]
+        part = source.at[head, pl.ds(tile * blocks.keys, blocks.keys)]
+        return pltpu.make_async_copy(part, into.at[slot], copied.at[slot])
+
+    copy_k, copy_v = functools.partial(copy, k_hbm, k, k_copied), functools.partial(copy, v_hbm, v, v_copied)
+
+    def first_copies():
+        copy_k(0).start()
+        copy_v(0).start()
+        if tiles > 1:
+            copy_k(1).start()
+
+    # A head of a single tile keeps it for all its queries; others fetch their first tiles anew for each block, which
+    # the end of the block before has already asked for.
+    pl.when(block == 0)(first_copies)
+    state = _Tile(k=k, v=v, blocks=blocks, keys=keys, tiles=tiles, **rest)
+    state.start(q, mean[...], radius[head], rows - block * blocks.queries)
+
+    def wait_for_first():
+        copy_k(0).wait()
+        if tiles == 1:
+            copy_v(0).wait()
+
+    pl.when((block == 0) | (tiles > 1))(wait_for_first)
+    if tiles == 1:
+        state.add(0)
+    else:
+        pl.when(state.is_safe())(state.look_ahead)
+
+        def step(tile, _):
+            copy_v(tile).wait()
+
+            @pl.when(tile + 1 < tiles)
+            def _():
+                copy_k(tile + 1).wait()
+                copy_v(tile + 1).start()
+
+            @pl.when(tile + 2 < tiles)
+            def _():
+                copy_k(tile + 2).start()
+
+            state.add(tile)
+
+        jax.lax.fori_loop(0, tiles, step, None)
+        pl.when(block + 1 < pl.num_programs(1))(first_copies)
+    state.finish(out, lse)
+
+
+class _Tile:
+    """The running sums of a block of queries, and what a tile of keys adds to them."""
+
+    def __init__(self, *, k, v, qt, acc, total, shift, early, safe, blocks, keys, tiles, factor):
+        self.k, self.v, self.qt, self.acc, self.total, self.shift = k, v, qt, acc, total, shift
+        self.early, self.safe, self.blocks, self.keys, self.tiles, self.factor = early, safe, blocks, keys, tiles, factor
+        # The rows of a tile that are keys in every tile, also in the last one.
+        self.always = blocks.keys - -keys % blocks.keys
+        self.precision = jax.lax.Precision.HIGHEST if qt.dtype == jnp.float32 else None
+        self.parts = [
+            (row, column)
+            for row in range(0, blocks.keys, blocks.slice)
+            for column in range(0, blocks.queries, blocks.columns)
+        ]
+
+    def is_safe(self):
+        return self.safe[0] == 1
+
+    def start(self, q, mean, radius, kept_rows):
+        """Scale and turn the queries, choose each query's shift, and whether it is safe for the whole block."""
+        scaled = q[...].astype(jnp.float32).T * self.factor
+        self.qt[...] = scaled.astype(self.qt.dtype)
+        reach = jnp.sqrt(jnp.sum(scaled * scaled, axis=0, keepdims=True)) * radius
+        centre = jnp.sum(scaled * mean, axis=0, keepdims=True)
         # Queries beyond the end are whatever the memory holds.
         real = jax.lax.broadcasted_iota(jnp.int32, reach.shape, 1) < kept_rows
         fine = (reach <= 2 * HEADROOM) & (jnp.abs(centre) <= LARGEST_CENTRE)
-        bounded = jnp.min(jnp.where(real & ~fine, 0, 1)) == 1
-        safe[0] = bounded.astype(jnp.int32)
-        shift[...] = jnp.where(bounded, centre + jnp.maximum(reach - HEADROOM, 0), LOWEST)
-        acc[...] = jnp.zeros_like(acc)
-        total[...] = jnp.zeros_like(total)
+        safe = jnp.min(jnp.where(real & ~fine, 0, 1)) == 1
+        self.safe[0] = safe.astype(jnp.int32)
+        self.shift[...] = jnp.where(safe, centre + jnp.maximum(reach - HEADROOM, 0), LOWEST)
+        self.acc[...] = jnp.zeros_like(self.acc)
+        self.total[...] = jnp.zeros_like(self.total)
 
-    part = functools.partial(_Part, qt, k_ref, v_ref, kept_keys, blocks)
+    def add(self, tile):
+        """Add tile number ``tile`` to the sums."""
+        pl.when(self.is_safe())(lambda: self._bounded(tile))
+        pl.when(~self.is_safe())(lambda: self._online(tile))
 
-    @pl.when(safe[0] == 1)
-    def _bounded():
-        _bounded_softmax(part, acc, total, shift, blocks, mask_from)
+    def finish(self, out, lse):
+        weight = jnp.sum(self.total[...], axis=0, keepdims=True)
+        out[...] = (self.acc[...] / weight).T.astype(out.dtype)
+        lse[...] = self.shift[...] + jnp.log2(weight)
 
-    @pl.when(safe[0] == 0)
-    def _online():
-        _online_softmax(part, acc, total, shift, blocks, masked=largest_waste_slices(keys, blocks) > 0)
+    def look_ahead(self):
+        """The logits with which the first tile begins."""
+        for number in range(self.blocks.ahead):
+            self.early[number] = self._part_logits(0, number)
 
-    @pl.when(step == last)
-    def _finish():
-        weight = jnp.sum(total[...], axis=0, keepdims=True)
-        out_ref[...] = (acc[...] / weight).T.astype(out_ref.dtype)
-        lse_ref[...] = shift[...] + jnp.log2(weight)
+    def _bounded(self, tile):
+        """Straight-line code, its parts skewed into a pipeline.
 
+        While the exponentials of one part are taken, the matrix unit is given the logits of a part ``blocks.ahead``
+        further (of the next tile at the end) and the values of a part ``blocks.behind`` earlier: loading weights into
+        the unit then hides behind streaming keys through it.
+        """
+        ahead, behind, count = self.blocks.ahead, self.blocks.behind, len(self.parts)
+        following = jnp.minimum(tile + 1, self.tiles - 1)
+        looks_ahead = self.tiles > 1
+        logits, weights = {}, {}
+        for now in range(0 if looks_ahead else -ahead, count + behind):
+            coming = now + ahead
+            if now < ahead and now >= 0 and looks_ahead:
+                logits[now] = self.early[now]
+            if coming < count:
+                logits[coming] = self._part_logits(tile, coming)
+            elif looks_ahead and coming < count + ahead:
+                self.early[coming - count] = self._part_logits(following, coming - count)
+            if 0 <= now < count:
+                columns = self._columns(now)
+                weight = jnp.exp2(logits.pop(now) - self.shift[:, columns])
+                self.total[:, columns] += _sum_to_sublanes(weight)
+                weights[now] = weight.astype(self.v.dtype)
+            if now >= behind:
+                row, _ = self.parts[now - behind]
+                columns = self._columns(now - behind)
+                self.acc[:, columns] += self._values(tile, row, weights.pop(now - behind))
 
-class _Part:
-    """The part of a tile that ``size`` keys from ``key`` and ``width`` queries from ``column`` make."""
+    def _columns(self, number):
+        return pl.ds(self.parts[number][1], self.blocks.columns)
 
-    def __init__(self, qt, k_ref, v_ref, kept_keys, blocks, column, key, masked, width=None, size=None):
-        self.columns = pl.ds(column, width or blocks.columns)
-        self.rows = pl.ds(key, size or blocks.slice)
-        self.qt, self.k_ref, self.v_ref = qt, k_ref, v_ref
-        self.kept = kept_keys - key if masked else None
-        self.precision = jax.lax.Precision.HIGHEST if qt.dtype == jnp.float32 else None
-
-    def logits(self):
-        """``[keys, queries]`` float32, base 2."""
-        logits = self._dot(self.k_ref[self.rows, :], self.qt[:, self.columns], 1)
-        if self.kept is None:
+    def _part_logits(self, tile, number):
+        """Part ``number``'s base-2 logits, float32 ``[slice, columns]``; keys beyond the end have the lowest."""
+        row, _ = self.parts[number]
+        logits = self._logits(tile, row, self._columns(number))
+        # Whole registers of eight rows that are keys in every tile need no test.
+        sure = self.blocks.slice if self.always == self.blocks.keys else max(0, self.always - row) // 8 * 8
+        if sure >= self.blocks.slice:
             return logits
-        return jnp.where(jax.lax.broadcasted_iota(jnp.int32, logits.shape, 0) < self.kept, logits, LOWEST)
+        tested = self._tested(logits[sure:], tile, row + sure)
+        return jnp.concatenate([logits[:sure], tested]) if sure else tested
 
-    def values(self, weights):
-        """``[D, queries]``: the weighted sum of the values."""
-        v = self.v_ref[self.rows, :]
-        if self.kept is not None:
-            # A weight of 0 does not silence a NaN that happens to lie behind the end.
-            v = jnp.where(jax.lax.broadcasted_iota(jnp.int32, v.shape, 0) < self.kept, v, jnp.zeros_like(v))
-        return self._dot(v, weights.astype(v.dtype), 0)
+    def _tested(self, logits, tile, row):
+        kept = self.keys - tile * self.blocks.keys - row
+        return jnp.where(jax.lax.broadcasted_iota(jnp.int32, logits.shape, 0) < kept, logits, LOWEST)
+
+    def _online(self, tile):
+        """The exact fall-back for logits of any size: a running maximum in ``shift``, slice by slice."""
+        blocks = self.blocks
+
+        def step(number, _):
+            per_row = blocks.queries // blocks.columns
+            row = pl.multiple_of(number // per_row * blocks.slice, blocks.slice)
+            columns = pl.ds(pl.multiple_of(number % per_row * blocks.columns, blocks.columns), blocks.columns)
+            logits = self._tested(self._logits(tile, row, columns), tile, row)
+            before = self.shift[:, columns]
+            maximum = jnp.maximum(before, jnp.max(logits, axis=0, keepdims=True))
+            weight, fade = jnp.exp2(logits - maximum), jnp.exp2(before - maximum)
+            self.shift[:, columns] = maximum
+            self.total[:, columns] = self.total[:, columns] * fade + _sum_to_sublanes(weight)
+            values = self._values(tile, row, weight.astype(self.v.dtype))
+            self.acc[:, columns] = self.acc[:, columns] * fade + values
+
+        jax.lax.fori_loop(0, len(self.parts), step, None)
+
+    def _logits(self, tile, row, columns):
+        return self._dot(self.k[tile % self.k.shape[0], pl.ds(row, self.blocks.slice)], self.qt[:, columns], 1)
+
+    def _values(self, tile, row, weights):
+        """``[D, columns]``: the weighted sum of a slice's values."""
+        return self._dot(self.v[tile % self.v.shape[0], pl.ds(row, self.blocks.slice)], weights, 0)
 
     def _dot(self, a, b, axis):
         dimensions = (((axis,), (0,)), ((), ()))
@@ -242,45 +358,3 @@ class _Part:
 def _sum_to_sublanes(weights):
     """``[keys, queries]`` → ``[8, queries]``: additions of whole registers only."""
     return jnp.sum(weights.reshape(-1, 8, weights.shape[1]), axis=0)
-
-
-def _bounded_softmax(part, acc, total, shift, blocks, mask_from):
-    """The tile in straight-line code, its parts skewed into a pipeline.
-
-    While the exponentials of one part are taken, the matrix unit is given the logits of a part ``blocks.ahead`` further
-    and the values of a part ``blocks.behind`` earlier: loading weighted parts into the unit then hides behind streaming
-    keys through it.
-    """
-    parts = [
-        part(column, index * blocks.slice, index >= mask_from)
-        for index in range(blocks.slices)
-        for column in range(0, blocks.queries, blocks.columns)
-    ]
-    logits, weights = {}, {}
-    for now in range(-blocks.ahead, len(parts) + blocks.behind):
-        if 0 <= now + blocks.ahead < len(parts):
-            logits[now + blocks.ahead] = parts[now + blocks.ahead].logits()
-        if 0 <= now < len(parts):
-            columns = parts[now].columns
-            weight = jnp.exp2(logits.pop(now) - shift[:, columns])
-            total[:, columns] += _sum_to_sublanes(weight)
-            weights[now] = weight.astype(acc.dtype if parts[now].precision else jnp.bfloat16)
-        if now - blocks.behind >= 0:
-            done = parts[now - blocks.behind]
-            acc[:, done.columns] += done.values(weights.pop(now - blocks.behind))
-
-
-def _online_softmax(part, acc, total, shift, blocks, masked):
-    """The exact fall-back for logits of any size: a running maximum, slice by slice. ``shift`` holds the maximum."""
-
-    def step(index, _):
-        now = part(0, pl.multiple_of(index * blocks.slice, blocks.slice), masked, width=blocks.queries)
-        logits = now.logits()
-        maximum = jnp.maximum(shift[...], jnp.max(logits, axis=0, keepdims=True))
-        weight = jnp.exp2(logits - maximum)
-        fade = jnp.exp2(shift[...] - maximum)
-        shift[...] = maximum
-        total[...] = total[...] * fade + _sum_to_sublanes(weight)
-        acc[...] = acc[...] * fade + now.values(weight)
-
-    jax.lax.fori_loop(0, blocks.slices, step, None)
