@@ -123,7 +123,7 @@ def _widget_inputs(node: dict, info: dict) -> dict:
 
 def _widgets(info: dict) -> list:
     """(name, spec, required) of every widget, in the order its value is saved. The name of an upload button is None."""
-    found = []
+    found, uploads = [], []
     for section in ("required", "optional"):
         specs = info["input"].get(section) or {}
         order = (info.get("input_order") or {}).get(section) or list(specs)
@@ -134,8 +134,9 @@ def _widgets(info: dict) -> list:
             if is_widget and not options.get("forceInput"):
                 found.append((name, spec, section == "required"))
         if any(len(spec) > 1 and any(spec[1].get(key) for key in UPLOADS) for spec in specs.values()):
-            found.append((None, [], False))
-    return found
+            # The frontend sorts by input_order, where the server sends one, and its own button comes last.
+            (uploads if info.get("input_order") else found).append((None, [], False))
+    return found + uploads
 
 
 def _has_control(name: str, kind: object, options: dict) -> bool:

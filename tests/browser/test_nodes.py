@@ -137,6 +137,7 @@ def run(page: Page) -> dict[str, str]:
 
 
 def test_every_node_runs_in_a_workflow_and_shows_its_text(page: Page, site, shot, errors, workflow):
+    assert values(workflow)["load"] == ["browser.png", 1, "image"]  # as bootstrap/workflow.py reads it
     page.evaluate("(workflow) => app.loadGraphData(workflow)", workflow)
     titles = {str(node["id"]): node["title"] for node in workflow["nodes"]}
     prompt = page.evaluate("app.graphToPrompt().then((found) => found.output)")

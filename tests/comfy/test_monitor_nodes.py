@@ -12,7 +12,8 @@ import torch
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
-from tests.comfy.server import Refused
+from bootstrap.workflow import to_api_prompt
+from tests.comfy.server import REPOSITORY, Refused
 
 pytestmark = pytest.mark.server
 
@@ -380,3 +381,14 @@ def test_the_console_gets_what_is_shown(server):
 def test_the_script_that_shows_texts_is_given_to_the_browser(server):
     (script,) = [path for path in server.get("/extensions") if path.endswith("ComfyUI-TPU-Monitor/nodes.js")]
     assert b"textarea" in server.get_bytes(script)
+
+
+def test_the_example_runs_and_shows_what_it_stored(server):
+    workflow = json.loads((REPOSITORY / "examples" / "monitor_metadata.json").read_text(encoding="utf-8"))
+    server.upload("example.png", Image.new("RGB", (64, 64)))
+    nodes = to_api_prompt(workflow, server.get("/object_info"))
+    done = server.run(nodes, workflow=workflow)
+    assert done.succeeded, done.why
+    shown = {node_id: text(done, node_id) for node_id in done.outputs if "text" in done.outputs[node_id]}
+    assert {"An example", "LoadImageWithMetadataTPU"} <= set(shown.values())
+    assert any(each.startswith("2 differences: 2 added") for each in shown.values())

@@ -92,6 +92,12 @@ def test_upload_button_saves_a_value_of_its_own():
     assert one_node("LoadImage", ["a.png", "image", 2.0]) == {"image": "a.png", "scale": 2.0}
 
 
+def test_upload_button_comes_last_where_the_server_tells_the_order():
+    info = {**OBJECT_INFO["LoadImage"], "input_order": {"required": ["image"], "optional": ["scale"]}}
+    prompt = to_api_prompt(workflow(node(1, "LoadImage", ["a.png", 2.0, "image"])), {"LoadImage": info})
+    assert prompt["1"]["inputs"] == {"image": "a.png", "scale": 2.0}
+
+
 def test_input_added_after_the_workflow_was_saved_gets_its_default():
     assert one_node("Sampler", [1, "fixed", 20, "x"])["shift"] == 5.0
 
