@@ -105,7 +105,7 @@ VALUE = {"3": {"inputs": {"seed": 5}}, "nodes": [{"id": 7, "pos": [1, 2]}, {"id"
         ("$.3.inputs.seed", 5),
         (" nodes[0].pos[1] ", 2),
         ("nodes.0.pos.-1", 2),
-        ("nodes[-1].id", 9),
+        ("nodes[-2].id", 7),
         ("nodes[id=7].pos", [1, 2]),
         ('["a.b"][""]', 0),
         ("['a.b']['']", 0),
