@@ -26,11 +26,7 @@ def summarize(value: object) -> dict | None:
         return _tensor(value)
     if isinstance(value, np.ndarray | np.generic):
         facts = {"array": f"numpy.{value.dtype}", "shape": list(value.shape)}
-        numeric = value.dtype.kind in "biuf" and value.dtype.itemsize <= 8
-        return {
-            **facts,
-            **(_range(torch.from_numpy(np.ascontiguousarray(value))) if _in_torch(value) and numeric else {}),
-        }
+        return facts | (_range(torch.from_numpy(np.array(value))) if _in_torch(value.dtype) else {})
     if isinstance(value, Metadata):
         return summary.summary(value.as_dict())
     if type(value).__module__.partition(".")[0] in ("jax", "jaxlib") and hasattr(value, "sharding"):
@@ -39,8 +35,9 @@ def summarize(value: object) -> dict | None:
     return None
 
 
-def _in_torch(value: np.ndarray) -> bool:
-    return value.dtype.kind != "u" or value.dtype.itemsize == 1
+def _in_torch(dtype: np.dtype) -> bool:
+    """Whether torch has this type: no texts, dates, foreign byte orders, long doubles or wide unsigned integers."""
+    return dtype.isnative and ((dtype.kind in "bif" and dtype.itemsize <= 8) or dtype == np.uint8)
 
 
 def _tensor(tensor: torch.Tensor) -> dict:

@@ -48,11 +48,11 @@ def read_picture(path: Path) -> tuple[dict, dict[str, str]]:
         info = {"format": image.format, "width": image.width, "height": image.height, "mode": image.mode}
         info["frames"] = getattr(image, "n_frames", 1)
         if image.format == "WEBP":
-            info |= _timing(info["frames"], webp_seconds(path))
+            info |= timing(info["frames"], webp_seconds(path))
         return info, {**exif_texts(image.getexif()), **_other_texts(image.info)}
 
 
-def _timing(frames: int, seconds: float) -> dict:
+def timing(frames: int, seconds: float) -> dict:
     """For fileinfo: the length of an animation, where it has one."""
     if frames < 2 or seconds <= 0:
         return {}

@@ -10,7 +10,7 @@ from PIL import Image
 
 from comfyui_tpu.metadata.errors import MetadataError
 from comfyui_tpu.metadata.interpret import interpret
-from comfyui_tpu.metadata.picture import damage_named, exif_texts, picture_frames, read_picture
+from comfyui_tpu.metadata.picture import damage_named, exif_texts, picture_frames, read_picture, timing
 from comfyui_tpu.metadata.png import SIGNATURE, read_png
 from comfyui_tpu.metadata.video import container_format, read_video, video_frames
 
@@ -104,8 +104,7 @@ def _read(path: Path) -> tuple[dict, dict[str, str]]:
 def _read_png(path: Path) -> tuple[dict, dict[str, str]]:
     png = read_png(path)
     info = {"format": "PNG", "width": png.width, "height": png.height, "mode": png.mode, "frames": png.frames}
-    if png.frames > 1 and png.seconds > 0:
-        info |= {"fps": round(png.frames / png.seconds, 3), "duration": round(png.seconds, 3)}
+    info |= timing(png.frames, png.seconds)
     with damage_named(path):
         exif = Image.Exif()
         if png.exif:

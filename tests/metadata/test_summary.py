@@ -55,7 +55,15 @@ def test_numpy_arrays_are_told_like_tensors(dtype):
 
 
 @pytest.mark.parametrize(
-    "value", [np.array(["a"]), np.array([object()]), np.ones(2, np.uint16), np.float32(2), np.zeros(2, "M8[s]")]
+    "value",
+    [
+        np.array(["a"]),
+        np.array([object()]),
+        np.ones(2, np.uint16),
+        np.float32(2),
+        np.ones(2, ">f4"),
+        np.zeros(2, "M8[s]"),
+    ],
 )
 def test_arrays_of_anything_are_shown(value):
     assert shown(value)["shape"] == list(value.shape)
