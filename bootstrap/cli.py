@@ -55,9 +55,7 @@ def parse(arguments: list[str]) -> Settings:
     parser.add_argument("--example", default=DEFAULT_EXAMPLE, metavar="NAME", help="demo: examples/NAME.json")
     parser.add_argument("--monitor", action="store_true", help="demo: show the TPU monitor until Ctrl-C")
     parser.add_argument("--listen", default=LOOPBACK, metavar="ADDR", help="run: address (default: %(default)s)")
-    parser.add_argument(
-        "--port", type=int, default=DEFAULT_PORT, help="run, monitor: port (default: %(default)s)"
-    )
+    parser.add_argument("--port", type=int, default=DEFAULT_PORT, help="run, monitor: port (default: %(default)s)")
     parser.add_argument("--yes", action="store_true", help="ask nothing")
     parser.add_argument("--dry-run", action="store_true", help="say what would be done and change nothing")
     given = parser.parse_args(arguments)

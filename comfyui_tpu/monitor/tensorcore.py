@@ -25,7 +25,9 @@ SDK = "libtpu.sdk"
 SDK_VARIABLE = "COMFYUI_TPU_MONITOR_SDK"
 METRIC = "tensorcore_util"
 
-FRESH_SECONDS = 10.0
+# A figure is as old as the previous call: a second for a page, a minute for some Prometheus.
+FRESH_SECONDS = 90.0
+LATE_SECONDS = 5.0
 # The SDK was seen to take over a minute to learn that there is no TPU; with one it answers at once.
 SILENT_SECONDS = 20.0
 AGAIN_SECONDS = 300.0
@@ -55,11 +57,12 @@ class TensorCores:
             self._start()
         with self._lock:
             self._ask(now)
-            if now - self._answered < FRESH_SECONDS:
+            late = self._waiting and now - self._asked > LATE_SECONDS
+            if not late and now - self._answered < FRESH_SECONDS:
                 return self._percents, self._reason
         if self._process.poll() is not None or now - self._asked > SILENT_SECONDS:
             self._give_up(now)
-        return (), self._reason
+        return (), self._reason or Reason("late", "libtpu's SDK answers too late.")
 
     def close(self) -> None:
         process, self._process = self._process, None

@@ -68,6 +68,18 @@ def test_asking_never_waits_for_the_answer(path, cores):
     assert time.monotonic() - start < 1
 
 
+def test_old_figures_are_not_shown_while_the_sdk_is_late(path, cores, monkeypatch):
+    (path / "stalling_sdk.py").write_text(
+        "import time\nanswers = iter([['25.0']])\nclass Metric:\n    def data(self):\n"
+        "        return next(answers, None) or time.sleep(60)\n"
+        "class tpumonitoring:\n    get_metric = staticmethod(lambda name: Metric())\n"
+    )
+    cores = cores("stalling_sdk")
+    assert read_until(cores, lambda found: found[0]) == ([25.0], None)
+    monkeypatch.setattr(tensorcore, "LATE_SECONDS", 0.2)
+    assert read_until(cores, lambda found: not found[0])[1].code == "late"
+
+
 def test_a_silent_sdk_is_given_up(path, cores, monkeypatch):
     monkeypatch.setattr(tensorcore, "SILENT_SECONDS", 0.2)
     (path / "slow_sdk.py").write_text("import time; time.sleep(60)\n")
