@@ -26,9 +26,9 @@ KERNEL_MIN_QUERIES = 1024
 KERNEL_MIN_KEYS = 256
 KERNEL_MAX_HEAD_DIM = 128
 
-# What a ring costs beside an exchange of heads, as a share of the attention itself: partial results in HBM, their
-# merge, and shorter key loops. A ring is worth it where zero heads would waste more than this.
-RING_OVERHEAD = 0.1
+# What each further step round a ring costs, as a share of the attention itself: statistics of its keys, its partial
+# result in HBM, the merge. A ring is worth it where zero heads would waste more.
+RING_STEP_OVERHEAD = 0.03  # compiler estimate: 75,600 tokens, 5 heads of 128 round 8 chips of v6e
 
 
 def attend(
@@ -67,14 +67,14 @@ def attend(
         ValueError: ``ring_chips`` does not divide the number of devices, or the strategy is unknown.
     """
     local = local or functools.partial(_attend_locally, mesh.devices.flat[0].platform)
-    options = {"scale": 1 / math.sqrt(query.shape[-1]) if scale is None else scale, "smooth_keys": smooth_keys}
+    local = functools.partial(local, scale=1 / math.sqrt(query.shape[-1]) if scale is None else scale)
     # A batch is more heads: two CFG halves of 12 heads divide by 8 together.
     folded = [x.reshape(1, -1, *x.shape[2:]) for x in (query, key, value)]
     if mesh.size == 1 or key.shape[2] < query.shape[2]:
-        out = _with_whole_keys(*folded, mesh=mesh, local=functools.partial(local, **options))
+        out = _with_whole_keys(*folded, mesh, functools.partial(local, smooth_keys=smooth_keys))
     else:
         ring = _ring_chips(strategy, ring_chips, folded[0].shape[1], mesh.size)
-        out = _with_exchange(*folded, mesh=mesh, ring=ring, local=local, **options)
+        out = _with_exchange(*folded, mesh, ring, local, smooth_keys)
     return out.reshape(*query.shape[:3], value.shape[3])
 
 
@@ -86,7 +86,7 @@ def ring_size(problems: int, devices: int) -> int:
 
     def work(ring: int) -> float:
         exchange = devices // ring
-        return math.ceil(problems / exchange) * exchange / problems * (1 + RING_OVERHEAD * (ring > 1))
+        return math.ceil(problems / exchange) * exchange / problems * (1 + RING_STEP_OVERHEAD * (ring - 1))
 
     return min((ring for ring in range(1, devices + 1) if devices % ring == 0), key=work)
 
@@ -94,8 +94,10 @@ def ring_size(problems: int, devices: int) -> int:
 def _ring_chips(strategy: str, ring_chips: int | None, problems: int, devices: int) -> int:
     if strategy not in ("heads", "ring"):
         raise ValueError(f"strategy must be 'heads' or 'ring'; got {strategy!r}")
-    chosen = devices if strategy == "ring" else ring_chips or ring_size(problems, devices)
-    if devices % chosen:
+    if strategy == "ring":
+        return devices
+    chosen = ring_size(problems, devices) if ring_chips is None else ring_chips
+    if chosen < 1 or devices % chosen:
         raise ValueError(f"ring_chips must divide the number of devices, {devices}; got {chosen}")
     return chosen
 
@@ -121,29 +123,39 @@ def plain(query, key, value, *, scale=None, smooth_keys=False, return_lse=False)
 
 
 def _attend_locally(platform: str, query, key, value, **options):
-    head_dim = max(query.shape[3], value.shape[3])
-    chosen = local_attention(platform, query.shape[2], key.shape[2], head_dim, query.dtype)
+    chosen = local_attention(platform, query.shape[2], key.shape[2], query.shape[3], query.dtype)
+    if value.shape != key.shape:
+        chosen = plain
     return chosen(query, key, value, **options)
 
 
-def _with_whole_keys(query, key, value, *, mesh, local):
+def _with_whole_keys(query, key, value, mesh, local):
     """Queries split by tokens, keys and values whole on every device: nothing moves if they are there already."""
     tokens, whole = _split_tokens(mesh.axis_names), PartitionSpec()
     run = jax.shard_map(local, mesh=mesh, in_specs=(tokens, whole, whole), out_specs=tokens, check_vma=False)
     return run(_pad_tokens(query, mesh.size), key, value)[:, :, : query.shape[2]]
 
 
-def _with_exchange(query, key, value, *, mesh, ring, local, scale, smooth_keys):
+def _with_exchange(query, key, value, mesh, ring, local, smooth_keys):
     """Heads exchanged for tokens within groups of neighbours, keys passed round the ``ring`` groups."""
+    heads, queries, keys = query.shape[1], query.shape[2], key.shape[2]
     # The same devices in the same order, so that tokens lie where the caller's mesh has them.
     grouped = Mesh(mesh.devices.reshape(ring, -1), ("ring", "heads"))
+    exchange = grouped.shape["heads"]
+
+    def on_one_device(*shards):
+        q, k, v = (_tokens_for_heads(x, exchange) for x in shards)
+        if ring == 1:
+            out = local(q[:, :, :queries], k[:, :, :keys], v[:, :, :keys], smooth_keys=smooth_keys)
+            out = _pad(out, 2, q.shape[2] - queries)
+        else:
+            k = _minus_mean(k, keys) if smooth_keys else k
+            out = _round_the_ring(q, k, v, keys, ring, functools.partial(local, return_lse=True))
+        return _heads_for_tokens(out, exchange)[:, :heads]
+
     tokens = _split_tokens(grouped.axis_names)
-    body = functools.partial(
-        *(_exchanged, grouped.shape["heads"], grouped.shape["ring"], query.shape[2], key.shape[2]),
-        *(local, scale, smooth_keys),
-    )
-    run = jax.shard_map(body, mesh=grouped, in_specs=(tokens,) * 3, out_specs=tokens, check_vma=False)
-    return run(*(_pad_tokens(x, mesh.size) for x in (query, key, value)))[:, :, : query.shape[2]]
+    run = jax.shard_map(on_one_device, mesh=grouped, in_specs=(tokens,) * 3, out_specs=tokens, check_vma=False)
+    return run(*(_pad_tokens(x, mesh.size) for x in (query, key, value)))[:, :, :queries]
 
 
 def _split_tokens(axes: tuple[str, ...]) -> PartitionSpec:
@@ -160,33 +172,35 @@ def _pad(x: jax.Array, axis: int, amount: int) -> jax.Array:
     return jnp.pad(x, widths) if amount else x
 
 
-def _exchanged(exchange, ring, queries, keys, local, scale, smooth_keys, query, key, value):
-    """One device's program: ``[1, H, tokens / devices, D]`` each → the same of the output."""
-    heads, own = query.shape[1], query.shape[2]
-    q, k, v = (_tokens_for_heads(x, exchange) for x in (query, key, value))
-    if ring == 1:
-        # All tokens are here: their padding goes before anything is attended to.
-        out = local(q[:, :, :queries], k[:, :, :keys], v[:, :, :keys], scale=scale, smooth_keys=smooth_keys)
-        out = _pad(out, 2, exchange * own - queries)
-    else:
-        if smooth_keys:
-            # Merging needs one mean for all keys; the zeros they are padded with add nothing to the sum.
-            mean = jax.lax.psum(jnp.sum(k, axis=2, keepdims=True, dtype=jnp.float32), "ring") / keys
-            k = (k - mean).astype(k.dtype)
-        out = _round_the_ring(q, k, v, keys, ring, functools.partial(local, scale=scale, return_lse=True))
-    return _heads_for_tokens(out, exchange)[:, :heads]
+def _minus_mean(key, keys):
+    """One mean of all ``keys`` round the ring, or parts could not be merged; their padding is zeros and adds none."""
+    total = jax.lax.psum(jnp.sum(key, axis=2, keepdims=True, dtype=jnp.float32), "ring")
+    return (key - total / keys).astype(key.dtype)
 
 
 def _tokens_for_heads(x, exchange):
-    """All heads of one shard of tokens → some heads of the group's tokens; zero heads fill up what does not divide."""
+    """All heads of one shard of tokens → some heads of the group's tokens; zero heads fill up what does not divide.
+
+    What is exchanged is the leading axis, in both directions: XLA then copies the array once, on the side where heads
+    have to come before the devices.
+    """
     if exchange == 1:
         return x
     x = _pad(x, 1, -x.shape[1] % exchange)
-    return jax.lax.all_to_all(x, "heads", split_axis=1, concat_axis=2, tiled=True)
+    shards = _exchange(x.reshape(exchange, -1, *x.shape[2:]))
+    return jnp.swapaxes(shards, 0, 1).reshape(1, shards.shape[1], -1, shards.shape[3])
 
 
 def _heads_for_tokens(x, exchange):
-    return x if exchange == 1 else jax.lax.all_to_all(x, "heads", split_axis=2, concat_axis=1, tiled=True)
+    """The way back, zero heads still at the end."""
+    if exchange == 1:
+        return x
+    heads = _exchange(jnp.swapaxes(x.reshape(x.shape[1], exchange, -1, x.shape[3]), 0, 1))
+    return heads.reshape(1, -1, *heads.shape[2:])
+
+
+def _exchange(x):
+    return jax.lax.all_to_all(x, "heads", split_axis=0, concat_axis=0, tiled=True)
 
 
 def _round_the_ring(query, key, value, keys, ring, local):
@@ -203,10 +217,11 @@ def _round_the_ring(query, key, value, keys, ring, local):
         partials.append(local(query, gather(key), gather(value)))
     shard = (key[:, :, :common], value[:, :, :common])
     for step in range(ring if common else 0):
-        # Sent on before it is used, so that the transfer runs beside the computation.
-        following = jax.lax.ppermute(shard, "ring", _neighbours(ring)) if step < ring - 1 else None
-        partials.append(local(query, *shard))
-        shard = following
+        # Sent on before it is used, so that the transfer runs beside the computation; and not sent on further before
+        # that is done, or XLA moves all transfers to the front and keeps every shard.
+        following = jax.lax.ppermute(shard, "ring", _neighbours(ring)) if step < ring - 1 else ()
+        partial, shard = jax.lax.optimization_barrier((local(query, *shard), following))
+        partials.append(partial)
     return _merge(partials).astype(query.dtype)
 
 

@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 import torch
 
-from comfyui_tpu.ops.attention import attention
+from comfyui_tpu.ops.attention import attention, attention_with_lse
 
 
 def problem(batch=2, heads=3, queries=37, keys=53, width=16, seed=0):
@@ -50,6 +50,19 @@ def test_a_row_that_may_attend_to_nothing_gives_zeros_as_in_torch(budget):
     ours = attention(q, k, v, mask=jnp.asarray(allowed[None, None]), logits_budget=budget)
     np.testing.assert_allclose(ours, reference(q, k, v, allowed[None, None]), atol=2e-6)
     assert not np.asarray(ours)[:, :, :4].any()
+
+
+@pytest.mark.parametrize("budget", [WHOLE, BLOCKS, 1], ids=["whole", "blocks-of-5", "row-by-row"])
+def test_the_logarithm_of_each_rows_sum_is_to_base_two(budget):
+    q, k, v = problem()
+    out, lse = attention_with_lse(q, k, v, scale=0.5, logits_budget=budget)
+    logits = (q.astype(np.float64) @ k.astype(np.float64).swapaxes(2, 3)) * 0.5
+    np.testing.assert_allclose(lse, np.log2(np.exp(logits).sum(-1)), rtol=2e-6)
+    np.testing.assert_allclose(out, reference(q, k, v, scale=0.5), atol=2e-6)
+    assert (out.dtype, lse.dtype, lse.shape) == (jnp.float32, jnp.float32, (2, 3, 37))
+    smooth = attention_with_lse(q, k, v, scale=0.5, smooth_keys=True, logits_budget=budget)
+    means = (q * k.mean(2, keepdims=True)).sum(-1) * 0.5
+    np.testing.assert_allclose(smooth[1], lse - means * np.log2(np.e), atol=1e-5)
 
 
 def test_a_given_scale_replaces_the_default():

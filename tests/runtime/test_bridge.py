@@ -38,8 +38,8 @@ class Stack(torch.nn.Module):
         return x
 
 
-def context(chips, smooth_keys=False):
-    plan = dataclasses.replace(spread(chips), min_sharded_elements=1)
+def context(chips, smooth_keys=False, **changes):
+    plan = dataclasses.replace(spread(chips), min_sharded_elements=1, **changes)
     return bridge.TraceContext(plan, mesh_of(plan, tuple(jax.devices()[:chips])), smooth_keys)
 
 
@@ -74,6 +74,14 @@ def test_cross_attention_and_masks_agree_with_torch(chips):
     torch.testing.assert_close(run(model, chips, x, text), model(x, text), atol=1e-5, rtol=1e-5)
     mask = torch.rand(1, 1, 19, 19) > 0.3
     torch.testing.assert_close(run(model, chips, x, None, mask), model(x, None, mask), atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("changes", [{"attention": "ring"}, {"ring_chips": 2}, {"attention": "replicated"}], ids=str)
+@torch.no_grad()
+def test_every_way_of_attention_that_a_plan_may_name_agrees_with_torch(changes):
+    model = Stack().eval()
+    x = torch.randn(2, 21, 48)
+    torch.testing.assert_close(run(model, 4, x, **changes), model(x), atol=1e-5, rtol=1e-5)
 
 
 @torch.no_grad()

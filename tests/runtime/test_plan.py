@@ -68,6 +68,18 @@ def test_default_plans_exist_for_every_number_of_chips(chips):
     assert spread(chips).chips == spatial(chips).chips == chips
 
 
+def test_attention_is_one_of_the_known_ways():
+    with pytest.raises(PlanError, match=r"one of \('heads', 'ring', 'replicated'\); got 'columns'"):
+        dataclasses.replace(spread(8), attention="columns")
+
+
+@pytest.mark.parametrize(("attention", "ring"), [("heads", 3), ("heads", 0), ("ring", 2), ("replicated", 2)])
+def test_a_ring_divides_the_chips_of_an_exchange_of_heads(attention, ring):
+    assert dataclasses.replace(spread(8), ring_chips=2).ring_chips == 2
+    with pytest.raises(PlanError, match=f"must divide the 8 chips; got {ring} with '{attention}'"):
+        dataclasses.replace(spread(8), attention=attention, ring_chips=ring)
+
+
 def test_a_mesh_of_another_size_is_refused():
     with pytest.raises(PlanError, match="made for 4 chips; got 8 devices"):
         mesh_of(spread(4), tuple(jax.devices()))

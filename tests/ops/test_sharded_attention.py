@@ -1,0 +1,226 @@
+"""Attention over a mesh of virtual devices against float64 on one, and what the TPU compiler makes of it."""
+
+import functools
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.experimental import topologies
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from comfyui_tpu.ops.sharded_attention import attend, local_attention, plain, ring_size
+from comfyui_tpu.plan import hlo
+
+BOUND = 2e-5  # numerics.md: of the largest value, float32
+
+
+def mesh(devices: int) -> Mesh:
+    return Mesh(np.array(jax.devices()[:devices]), ("chips",))
+
+
+def problem(heads, queries, keys, batch=1, width=16, seed=0):
+    generator = np.random.default_rng([seed, heads, queries, keys])
+    return [generator.standard_normal((batch, heads, n, width), dtype=np.float32) for n in (queries, keys, keys)]
+
+
+def reference(q, k, v):
+    q, k, v = (np.asarray(x, np.float64) for x in (q, k, v))
+    logits = q @ k.swapaxes(2, 3) / np.sqrt(q.shape[-1])
+    weights = np.exp(logits - logits.max(-1, keepdims=True))
+    return weights / weights.sum(-1, keepdims=True) @ v
+
+
+def check(inputs, devices, **options):
+    ours = jax.jit(functools.partial(attend, mesh=mesh(devices), **options))(*inputs)
+    expected = reference(*inputs)
+    assert ours.shape == expected.shape
+    assert np.abs(np.asarray(ours) - expected).max() <= BOUND * np.abs(expected).max()
+
+
+@pytest.mark.parametrize("devices", [2, 4, 8])
+@pytest.mark.parametrize("heads", [1, 5, 6, 8, 12])
+def test_any_number_of_heads_over_any_number_of_devices(heads, devices):
+    check(problem(heads, 101, 101), devices)
+
+
+@pytest.mark.parametrize("options", [{"ring_chips": 1}, {"ring_chips": 2}, {"strategy": "ring"}], ids=str)
+@pytest.mark.parametrize(
+    ("queries", "keys"),
+    [(1, 1), (7, 300), (64, 64), (129, 129)],
+    ids=str,
+)
+def test_any_length_over_eight_devices(queries, keys, options):
+    check(problem(5, queries, keys), 8, **options)
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_random_shapes_batches_devices_and_rings(seed):
+    draw = np.random.default_rng(seed)
+    heads, queries, keys, batch, width = (int(n) for n in draw.integers(1, (14, 200, 200, 4, 70)))
+    devices = int(draw.choice([2, 3, 4, 6, 8]))
+    ring = int(draw.choice([n for n in (1, 2, 3, 4, 6, 8) if devices % n == 0]))
+    check(problem(heads, queries, keys, batch, width), devices, ring_chips=ring, smooth_keys=bool(seed % 2))
+
+
+@pytest.mark.parametrize(("queries", "keys"), [(129, 77), (1000, 3), (5, 4)], ids=str)
+def test_short_contexts_stay_whole(queries, keys):
+    check(problem(5, queries, keys), 8)
+
+
+def test_short_contexts_that_are_whole_already_move_nothing():
+    inputs = problem(5, 129, 77)
+    text = jax.jit(functools.partial(attend, mesh=mesh(8))).lower(*inputs).compile().as_text()
+    moved = set(re.findall(r"all-to-all|collective-permute|all-reduce|reduce-scatter", text))
+    assert not moved
+
+
+RINGS = pytest.mark.parametrize("ring", [1, 2, 4], ids=["all-to-all", "both", "ring"])  # of four devices
+
+
+@RINGS
+def test_a_padded_key_has_weight_zero_even_where_it_would_win(ring):
+    q, k, v = problem(8, 57, 57, width=64)
+    q, k = np.abs(q) + 1, -np.abs(k) - 1  # every real logit is below -10; a key of zeros would have 0
+    assert (q @ k.swapaxes(2, 3)).max() < -80
+    check((q, k, v + 5), 4, ring_chips=ring)
+
+
+@RINGS
+@pytest.mark.parametrize("winner", [0, 56], ids=["first-key", "last-key"])
+def test_one_dominant_key_on_one_device(ring, winner):
+    q, k, v = problem(8, 57, 57)
+    k[:, :, winner] = 12 * q.mean(2) + 3
+    check((q, k, v), 4, ring_chips=ring)
+
+
+@RINGS
+def test_keys_that_are_all_the_same_average_the_values(ring):
+    q, k, v = problem(8, 57, 57)
+    check((q, np.broadcast_to(k[:, :, :1], k.shape) * 30, v), 4, ring_chips=ring)
+
+
+@RINGS
+def test_huge_logits_pick_the_largest_key_without_overflow(ring):
+    """A float32 logarithm of 1e8 keeps no fraction, so the winner is checked and not the weights of a merge."""
+    q, k, v = problem(8, 57, 57)
+    index = np.arange(57)
+    q, k = np.eye(57, dtype=np.float32)[None, None] * 1e4, np.eye(57, dtype=np.float32)[None, None, index[::-1]] * 1e4
+    q, k = (np.broadcast_to(x, (1, 8, 57, 57)) for x in (q, k))
+    ours = jax.jit(functools.partial(attend, mesh=mesh(4), ring_chips=ring))(q, k, v)
+    np.testing.assert_allclose(ours, v[:, :, index[::-1]], rtol=1e-6)
+
+
+@RINGS
+def test_smoothing_subtracts_one_mean_of_the_real_keys(ring):
+    """With a mean for each device, or with padding in the mean, the shares of the parts would be wrong."""
+    q, k, v = problem(8, 57, 57)
+    check((q, k + 30, v), 4, ring_chips=ring, smooth_keys=True)
+
+
+@pytest.mark.parametrize("tokens", [1, 9, 57, 64, 101])
+@pytest.mark.parametrize("ring", [1, 2, 4, 8])
+def test_a_local_attention_is_given_the_real_keys_and_no_other(tokens, ring):
+    seen = []
+
+    def spy(query, key, value, **options):
+        seen.append(key.shape[2])
+        return plain(query, key, value, **options)
+
+    inputs = problem(8, tokens, tokens)
+    jax.eval_shape(functools.partial(attend, mesh=mesh(8), ring_chips=ring, local=spy), *inputs)
+    assert sum(seen) == tokens
+
+
+@pytest.mark.parametrize(
+    ("heads", "devices", "ring"),
+    [
+        (40, 8, 1),
+        (48, 8, 1),
+        (12, 8, 2),
+        (24, 8, 1),
+        (5, 8, 8),
+        (6, 4, 2),
+        (1, 8, 8),
+        (30, 8, 1),
+        (14, 8, 4),
+        (7, 1, 1),
+    ],
+)
+def test_a_ring_is_used_where_zero_heads_would_waste_more(heads, devices, ring):
+    assert ring_size(heads, devices) == ring
+
+
+def test_two_guidance_halves_share_the_devices_as_twice_the_heads():
+    """12 heads on 8 devices need a ring of two; 2 × 12 do not."""
+    text = jax.jit(functools.partial(attend, mesh=mesh(8))).lower(*problem(12, 64, 64, batch=2)).compile().as_text()
+    assert "all-to-all" in text
+    assert "collective-permute" not in text
+    check(problem(12, 61, 61, batch=2), 8)
+
+
+def test_the_kernel_is_chosen_on_a_tpu_where_it_is_long_enough():
+    choose = functools.partial(local_attention, head_dim=128, dtype=jnp.bfloat16)
+    assert choose("tpu", 1024, 256).__name__ == "splash_attention"
+    assert choose("cpu", 75600, 75600) is plain
+    assert choose("tpu", 1023, 75600) is plain
+    assert choose("tpu", 75600, 255) is plain
+    assert local_attention("tpu", 14400, 14400, 384, jnp.bfloat16) is plain
+    assert local_attention("tpu", 14400, 14400, 64, jnp.float16) is plain
+
+
+def test_impossible_rings_are_named():
+    with pytest.raises(ValueError, match="divide the number of devices, 8; got 3"):
+        attend(*problem(8, 16, 16), mesh=mesh(8), ring_chips=3)
+    with pytest.raises(ValueError, match="'heads' or 'ring'; got 'tokens'"):
+        attend(*problem(8, 16, 16), mesh=mesh(8), strategy="tokens")
+
+
+@functools.cache
+def tpus() -> Mesh:
+    """Eight chips of v6e; described, they are not there."""
+    described = topologies.get_topology_desc(platform="tpu", topology_name="v6e:2x4")
+    return Mesh(np.array(described.devices), ("chips",))
+
+
+MOVES = ("all-to-all", "all-gather", "all-reduce", "collective-permute", "reduce-scatter")
+TOKENS = 2043  # 5 fewer than 8 × 256: tokens have to be padded without being moved
+
+
+def collectives(heads: int, **options) -> tuple[int, list[tuple[str, int]]]:
+    """How many kernels, and (opcode, bytes per device) of the collectives beside them, in a scanned layer for TPUs."""
+    split = NamedSharding(tpus(), PartitionSpec(None, None, "chips", None))
+
+    def layer(x, weights):
+        x = jax.lax.with_sharding_constraint(x, split)
+        out = attend(*(x @ weights[i] for i in range(3)), mesh=tpus(), **options)
+        return jax.lax.with_sharding_constraint(out @ weights[3], split), None
+
+    whole = NamedSharding(tpus(), PartitionSpec())
+    x = jax.ShapeDtypeStruct((1, heads, TOKENS, 64), jnp.bfloat16, sharding=whole)
+    weights = jax.ShapeDtypeStruct((2, 4, 64, 64), jnp.bfloat16, sharding=whole)
+    module = hlo.parse(jax.jit(lambda x, w: jax.lax.scan(layer, x, w)[0]).lower(x, weights).compile().as_text())
+    kernels = lambda computation: sum(i.custom_call_target == "tpu_custom_call" for i in computation)  # noqa: E731
+    (body,) = (computation for computation in module.computations.values() if kernels(computation))
+    moved = [i for i in body if i.opcode.removesuffix("-start") in MOVES]
+    return kernels(body), sorted((i.opcode.removesuffix("-start"), i.largest_array()) for i in moved)
+
+
+def test_one_tpu_runs_the_kernel_itself():
+    x = jax.ShapeDtypeStruct((2, 3, 1024, 64), jnp.bfloat16)
+    program = str(jax.make_jaxpr(functools.partial(attend, mesh=Mesh(tpus().devices[:1], ("chips",))))(x, x, x))
+    assert program.count("pallas_call") == 1
+    assert "all_to_all" not in program
+
+
+def test_on_tpus_heads_are_exchanged_and_nothing_is_gathered():
+    heads, shard = 8, 256 * 8 * 64 * 2
+    assert collectives(heads) == (1, [("all-to-all", shard)] * 4)
+
+
+def test_on_tpus_keys_go_round_the_ring_and_only_what_the_last_group_lacks_is_gathered():
+    heads, shard = 4, 256 * 4 * 64 * 2
+    common, rest = 1019 * 64 * 2, 2 * 5 * 64 * 2  # of the one head that a device has after the exchange
+    exchanged, passed, gathered = [("all-to-all", shard)] * 4, [("collective-permute", common)] * 2, rest
+    assert collectives(heads) == (2, sorted([*exchanged, *passed, *[("all-gather", gathered)] * 2]))
