@@ -22,13 +22,14 @@ and stays below 1 while |c| ≤ 2^14, which is checked as well (the slack above 
 including any with a NaN, take the exact online softmax with its running maximum. Queries and keys that went through an
 RMS norm of weight about 1 at head_dim 128 have r ≤ 16.4.
 
-**Ragged lengths.** A key beyond the end has its logit replaced by the lowest finite number before the exponential,
-which gives a weight of exactly 0. Which rows of a tile can lie beyond the end is known when the kernel is built; only
-they pay for this test. Queries beyond the end are computed and never written.
+**Shift and ragged lengths cost nothing.** The matrix unit is 256 deep and a head fills at most half of that. So the keys
+get two more columns, which meet two more rows of the queries: ones, which meet −m, and penalties, which meet ones. The
+unit then returns q·k − m. Only keys that fill up the last tile have a penalty, −2^126: it is lower than any logit, their
+weight is exactly 0, and no instruction of the kernel is spent on a mask. Queries beyond the end are computed and never
+written.
 
-**Schedule.** A grid step is a block of queries of one head; its loop takes the keys tile by tile, and copies tiles from
-HBM itself, so that the logits of the next tile's first parts can be computed while this tile's last exponentials are
-taken. The matrix unit then never waits, neither within a tile nor between tiles.
+**Schedule.** A grid step is a block of queries of one head; its loop takes the keys tile by tile and copies the tiles from
+HBM itself while the one before is at work.
 """
 
 from __future__ import annotations
@@ -46,7 +47,9 @@ from comfyui_tpu.ops.splash_blocks import Blocks, fit
 LOG2_E = math.log2(math.e)
 HEADROOM = 64.0  # H above, in powers of two
 LARGEST_CENTRE = 2.0**14
-# The lowest logit: finite, so that no row ever computes inf - inf, and far below any real one.
+# Finite, so that no row ever computes inf - inf, exact in bfloat16, and far below any logit.
+PENALTY = -(2.0**126)
+# Where the running maximum starts: lower than any penalised logit.
 LOWEST = -0.7 * float(jnp.finfo(jnp.float32).max)
 
 
@@ -93,10 +96,10 @@ def splash_attention(
     q, k, v = (_flat(x, padded) for x in (query, key, value))
     mean = jnp.pad(mean.reshape(batch * heads, width, 1), ((0, 0), (0, padded - width), (0, 0)))
     blocks = fit(blocks, rows, key.shape[2], padded, query.dtype.itemsize)
-    # Whole tiles for the kernel's copies; XLA writes these zeros where it writes the keys.
-    k, v = (jnp.pad(x, ((0, 0), (0, -x.shape[1] % blocks.keys), (0, 0))) for x in (k, v))
-    call = functools.partial(_call, keys=key.shape[2], blocks=blocks, factor=scale * LOG2_E, interpret=interpret)
-    out, lse = call(q, k, v, mean, radius.reshape(-1))
+    call = functools.partial(_call, rows=rows, keys=key.shape[2], blocks=blocks, factor=scale * LOG2_E)
+    beyond = -key.shape[2] % blocks.keys
+    v = jnp.pad(v, ((0, 0), (0, beyond), (0, 0)))
+    out, lse = call(q, _extended(k, beyond), v, mean, radius.reshape(-1), interpret=interpret)
     out = out.reshape(batch, heads, rows, padded)[..., :width]
     return (out, lse.reshape(batch, heads, rows)) if return_lse else out
 
@@ -127,14 +130,25 @@ def _flat(x: jax.Array, width: int) -> jax.Array:
     return jnp.pad(x, ((0, 0), (0, 0), (0, width - x.shape[-1])))
 
 
+def _extended(k: jax.Array, beyond: int) -> jax.Array:
+    """``[B·H, S, D]`` → ``[B·H, S + beyond, D']``: a column of ones, one of penalties, and zeros to whole lanes."""
+    heads, rows, width = k.shape
+    real = jnp.arange(rows + beyond) < rows
+    columns = jnp.stack([jnp.where(real, 1, 0), jnp.where(real, 0, PENALTY)], axis=1).astype(k.dtype)
+    columns = jnp.pad(columns, ((0, 0), (0, -(width + 2) % 128)))
+    k = jnp.pad(k, ((0, 0), (0, beyond), (0, 0)))
+    return jnp.concatenate([k, jnp.broadcast_to(columns, (heads, *columns.shape))], axis=2)
+
+
 # Not under jax.jit: the call is traced inside its caller's program, once per shape.
-def _call(q, k, v, mean, radius, *, keys: int, blocks: Blocks, factor: float, interpret: bool):
-    heads, rows, width = q.shape
+def _call(q, k, v, mean, radius, *, rows: int, keys: int, blocks: Blocks, factor: float, interpret: bool):
+    heads, _, width = q.shape
+    depth = k.shape[2]
     tiles, query_blocks = k.shape[1] // blocks.keys, pl.cdiv(rows, blocks.queries)
     by_query = pl.BlockSpec((None, blocks.queries, width), lambda h, i: (h, i, 0))
     in_hbm = pl.BlockSpec(memory_space=pl.ANY)
     return pl.pallas_call(
-        functools.partial(_kernel, blocks=blocks, rows=rows, keys=keys, tiles=tiles, factor=factor),
+        functools.partial(_kernel, blocks=blocks, rows=rows, tiles=tiles, factor=factor),
         grid=(heads, query_blocks),
         in_specs=[
             pl.BlockSpec(memory_space=pltpu.SMEM),
@@ -149,15 +163,13 @@ def _call(q, k, v, mean, radius, *, keys: int, blocks: Blocks, factor: float, in
             jax.ShapeDtypeStruct((heads, 1, rows), jnp.float32),
         ],
         scratch_shapes={
-            "k": pltpu.VMEM((min(tiles, 3), blocks.keys, width), k.dtype),
+            "k": pltpu.VMEM((min(tiles, 2), blocks.keys, depth), k.dtype),
             "v": pltpu.VMEM((min(tiles, 2), blocks.keys, width), v.dtype),
-            "k_copied": pltpu.SemaphoreType.DMA((3,)),
-            "v_copied": pltpu.SemaphoreType.DMA((2,)),
-            "qt": pltpu.VMEM((width, blocks.queries), q.dtype),
+            "copied": pltpu.SemaphoreType.DMA((2, 2)),
+            "qt": pltpu.VMEM((depth, blocks.queries), q.dtype),
             "acc": pltpu.VMEM((width, blocks.queries), jnp.float32),
             "total": pltpu.VMEM((8, blocks.queries), jnp.float32),
             "shift": pltpu.VMEM((1, blocks.queries), jnp.float32),
-            "early": pltpu.VMEM((blocks.ahead if tiles > 1 else 1, blocks.slice, blocks.columns), jnp.float32),
             "safe": pltpu.SMEM((1,), jnp.int32),
         },
         compiler_params=pltpu.CompilerParams(dimension_semantics=("parallel", "arbitrary")),
@@ -171,72 +183,62 @@ def _call(q, k, v, mean, radius, *, keys: int, blocks: Blocks, factor: float, in
     )(radius, mean, q, k, v)
 
 
-def _kernel(radius, mean, q, k_hbm, v_hbm, out, lse, *, k, v, k_copied, v_copied, blocks, rows, keys, tiles, **rest):
+def _kernel(radius, mean, q, k_hbm, v_hbm, out, lse, *, k, v, copied, blocks, rows, tiles, factor, **sums):
     """All keys for ``blocks.queries`` queries of a head.
 
-    Scratch: ``k``, ``v`` tiles in turn; ``qt`` ``[D, queries]`` the scaled queries; ``acc`` ``[D, queries]`` and
-    ``total`` ``[8, queries]`` the sums of weighted values and of weights (eight partial sums, one a sublane); ``shift``
-    ``[1, queries]``; ``early`` logits computed a tile ahead; ``safe`` whether the bounded softmax may be used.
+    Scratch: ``k``, ``v`` the tile at work and the next; ``qt`` ``[D', queries]`` the extended queries; ``acc``
+    ``[D, queries]`` and ``total`` ``[8, queries]`` the sums of weighted values and of weights (eight partial sums, one a
+    sublane); ``shift`` ``[1, queries]``; ``safe`` whether the bounded softmax may be used.
     """
     head, block = pl.program_id(0), pl.program_id(1)
 
-    def copy(source, into, copied, tile):
-        slot = tile % into.shape[0]
-        part = source.at[head, pl.ds(tile * blocks.keys, blocks.keys)]
-        return pltpu.make_async_copy(part, into.at[slot], copied.at[slot])
+    def copies(tile):
+        slot = _slot(tile, tiles)
+        rows_of_tile = pl.ds(tile * blocks.keys, blocks.keys)
+        return [
+            pltpu.make_async_copy(source.at[head, rows_of_tile], buffer.at[slot], copied.at[kind, slot])
+            for kind, (source, buffer) in enumerate(((k_hbm, k), (v_hbm, v)))
+        ]
 
-    copy_k, copy_v = functools.partial(copy, k_hbm, k, k_copied), functools.partial(copy, v_hbm, v, v_copied)
+    def fetch(tile):
+        for copy in copies(tile):
+            copy.start()
 
-    def first_copies():
-        copy_k(0).start()
-        copy_v(0).start()
-        if tiles > 1:
-            copy_k(1).start()
+    def wait(tile):
+        for copy in copies(tile):
+            copy.wait()
 
-    # A head of a single tile keeps it for all its queries; others fetch their first tiles anew for each block, which
-    # the end of the block before has already asked for.
-    pl.when(block == 0)(first_copies)
-    state = _Tile(k=k, v=v, blocks=blocks, keys=keys, tiles=tiles, **rest)
-    state.start(q, mean[...], radius[head], rows - block * blocks.queries)
-
-    def wait_for_first():
-        copy_k(0).wait()
-        if tiles == 1:
-            copy_v(0).wait()
-
-    pl.when((block == 0) | (tiles > 1))(wait_for_first)
+    # Each block of queries finds its first tile on the way: the block before has asked for it. A head of a single tile
+    # keeps that for all its queries.
+    pl.when(block == 0)(lambda: fetch(0))
+    work = _Work(k=k, v=v, blocks=blocks, tiles=tiles, **sums)
+    work.start(q, mean[...], radius[head], factor, rows - block * blocks.queries)
     if tiles == 1:
-        state.add(0)
+        pl.when(block == 0)(lambda: wait(0))
+        work.add(0)
     else:
-        pl.when(state.is_safe())(state.look_ahead)
 
         def step(tile, _):
-            copy_v(tile).wait()
-
-            @pl.when(tile + 1 < tiles)
-            def _():
-                copy_k(tile + 1).wait()
-                copy_v(tile + 1).start()
-
-            @pl.when(tile + 2 < tiles)
-            def _():
-                copy_k(tile + 2).start()
-
-            state.add(tile)
+            wait(tile)
+            pl.when(tile + 1 < tiles)(lambda: fetch(tile + 1))
+            work.add(tile)
 
         jax.lax.fori_loop(0, tiles, step, None)
-        pl.when(block + 1 < pl.num_programs(1))(first_copies)
-    state.finish(out, lse)
+        pl.when(block + 1 < pl.num_programs(1))(lambda: fetch(0))
+    work.finish(out, lse)
 
 
-class _Tile:
+def _slot(tile, tiles: int):
+    """Which of the buffers holds a tile. (Not ``%``: its sign handling asks for the device, which lowering may lack.)"""
+    return 0 if tiles == 1 else jax.lax.rem(tile, 2)
+
+
+class _Work:
     """The running sums of a block of queries, and what a tile of keys adds to them."""
 
-    def __init__(self, *, k, v, qt, acc, total, shift, early, safe, blocks, keys, tiles, factor):
+    def __init__(self, *, k, v, qt, acc, total, shift, safe, blocks, tiles):
         self.k, self.v, self.qt, self.acc, self.total, self.shift = k, v, qt, acc, total, shift
-        self.early, self.safe, self.blocks, self.keys, self.tiles, self.factor = early, safe, blocks, keys, tiles, factor
-        # The rows of a tile that are keys in every tile, also in the last one.
-        self.always = blocks.keys - -keys % blocks.keys
+        self.safe, self.blocks, self.tiles = safe, blocks, tiles
         self.precision = jax.lax.Precision.HIGHEST if qt.dtype == jnp.float32 else None
         self.parts = [
             (row, column)
@@ -244,111 +246,90 @@ class _Tile:
             for column in range(0, blocks.queries, blocks.columns)
         ]
 
-    def is_safe(self):
-        return self.safe[0] == 1
-
-    def start(self, q, mean, radius, kept_rows):
-        """Scale and turn the queries, choose each query's shift, and whether it is safe for the whole block."""
-        scaled = q[...].astype(jnp.float32).T * self.factor
-        self.qt[...] = scaled.astype(self.qt.dtype)
+    def start(self, q, mean, radius, factor, kept_rows):
+        """Scale, turn and extend the queries; choose each one's shift, and whether the block is safe."""
+        scaled = q[...].astype(jnp.float32).T * factor
         reach = jnp.sqrt(jnp.sum(scaled * scaled, axis=0, keepdims=True)) * radius
         centre = jnp.sum(scaled * mean, axis=0, keepdims=True)
         # Queries beyond the end are whatever the memory holds.
         real = jax.lax.broadcasted_iota(jnp.int32, reach.shape, 1) < kept_rows
         fine = (reach <= 2 * HEADROOM) & (jnp.abs(centre) <= LARGEST_CENTRE)
         safe = jnp.min(jnp.where(real & ~fine, 0, 1)) == 1
+        # The shift as the matrix unit will see it: rounding moves it, and every logit of the row by as much.
+        shift = jnp.where(safe, centre + jnp.maximum(reach - HEADROOM, 0), 0).astype(self.qt.dtype)
+        width, depth = self.acc.shape[0], self.qt.shape[0]
+        row = jax.lax.broadcasted_iota(jnp.int32, (depth - width, shift.shape[1]), 0)
+        shift = shift.astype(jnp.float32)
+        extension = jnp.where(row == 0, -shift, jnp.where(row == 1, 1.0, 0.0))
+        self.qt[:width] = scaled.astype(self.qt.dtype)
+        self.qt[width:] = extension.astype(self.qt.dtype)
         self.safe[0] = safe.astype(jnp.int32)
-        self.shift[...] = jnp.where(safe, centre + jnp.maximum(reach - HEADROOM, 0), LOWEST)
+        self.shift[...] = jnp.where(safe, shift, LOWEST)
         self.acc[...] = jnp.zeros_like(self.acc)
         self.total[...] = jnp.zeros_like(self.total)
 
     def add(self, tile):
         """Add tile number ``tile`` to the sums."""
-        pl.when(self.is_safe())(lambda: self._bounded(tile))
-        pl.when(~self.is_safe())(lambda: self._online(tile))
+        slot = _slot(tile, self.tiles)
+        pl.when(self.safe[0] == 1)(lambda: self._bounded(slot))
+        pl.when(self.safe[0] == 0)(lambda: self._online(slot))
 
     def finish(self, out, lse):
         weight = jnp.sum(self.total[...], axis=0, keepdims=True)
         out[...] = (self.acc[...] / weight).T.astype(out.dtype)
         lse[...] = self.shift[...] + jnp.log2(weight)
 
-    def look_ahead(self):
-        """The logits with which the first tile begins."""
-        for number in range(self.blocks.ahead):
-            self.early[number] = self._part_logits(0, number)
-
-    def _bounded(self, tile):
+    def _bounded(self, slot):
         """Straight-line code, its parts skewed into a pipeline.
 
         While the exponentials of one part are taken, the matrix unit is given the logits of a part ``blocks.ahead``
-        further (of the next tile at the end) and the values of a part ``blocks.behind`` earlier: loading weights into
-        the unit then hides behind streaming keys through it.
+        further and the values of a part ``blocks.behind`` earlier: loading weights into the unit then hides behind
+        streaming keys through it.
         """
         ahead, behind, count = self.blocks.ahead, self.blocks.behind, len(self.parts)
-        following = jnp.minimum(tile + 1, self.tiles - 1)
-        looks_ahead = self.tiles > 1
         logits, weights = {}, {}
-        for now in range(0 if looks_ahead else -ahead, count + behind):
-            coming = now + ahead
-            if now < ahead and now >= 0 and looks_ahead:
-                logits[now] = self.early[now]
-            if coming < count:
-                logits[coming] = self._part_logits(tile, coming)
-            elif looks_ahead and coming < count + ahead:
-                self.early[coming - count] = self._part_logits(following, coming - count)
+        for now in range(-ahead, count + behind):
+            if now + ahead < count:
+                row, column = self.parts[now + ahead]
+                logits[now + ahead] = self._logits(slot, row, self._columns(column))
             if 0 <= now < count:
-                columns = self._columns(now)
-                weight = jnp.exp2(logits.pop(now) - self.shift[:, columns])
+                columns = self._columns(self.parts[now][1])
+                weight = jnp.exp2(logits.pop(now))
                 self.total[:, columns] += _sum_to_sublanes(weight)
                 weights[now] = weight.astype(self.v.dtype)
             if now >= behind:
-                row, _ = self.parts[now - behind]
-                columns = self._columns(now - behind)
-                self.acc[:, columns] += self._values(tile, row, weights.pop(now - behind))
+                row, column = self.parts[now - behind]
+                self.acc[:, self._columns(column)] += self._values(slot, row, weights.pop(now - behind))
 
-    def _columns(self, number):
-        return pl.ds(self.parts[number][1], self.blocks.columns)
-
-    def _part_logits(self, tile, number):
-        """Part ``number``'s base-2 logits, float32 ``[slice, columns]``; keys beyond the end have the lowest."""
-        row, _ = self.parts[number]
-        logits = self._logits(tile, row, self._columns(number))
-        # Whole registers of eight rows that are keys in every tile need no test.
-        sure = self.blocks.slice if self.always == self.blocks.keys else max(0, self.always - row) // 8 * 8
-        if sure >= self.blocks.slice:
-            return logits
-        tested = self._tested(logits[sure:], tile, row + sure)
-        return jnp.concatenate([logits[:sure], tested]) if sure else tested
-
-    def _tested(self, logits, tile, row):
-        kept = self.keys - tile * self.blocks.keys - row
-        return jnp.where(jax.lax.broadcasted_iota(jnp.int32, logits.shape, 0) < kept, logits, LOWEST)
-
-    def _online(self, tile):
-        """The exact fall-back for logits of any size: a running maximum in ``shift``, slice by slice."""
+    def _online(self, slot):
+        """The exact fall-back for logits of any size: a running maximum in ``shift``, part by part."""
         blocks = self.blocks
+        per_row = blocks.queries // blocks.columns
 
         def step(number, _):
-            per_row = blocks.queries // blocks.columns
-            row = pl.multiple_of(number // per_row * blocks.slice, blocks.slice)
-            columns = pl.ds(pl.multiple_of(number % per_row * blocks.columns, blocks.columns), blocks.columns)
-            logits = self._tested(self._logits(tile, row, columns), tile, row)
+            row = pl.multiple_of(jax.lax.div(number, per_row) * blocks.slice, blocks.slice)
+            columns = self._columns(pl.multiple_of(jax.lax.rem(number, per_row) * blocks.columns, blocks.columns))
+            logits = self._logits(slot, row, columns)
             before = self.shift[:, columns]
             maximum = jnp.maximum(before, jnp.max(logits, axis=0, keepdims=True))
             weight, fade = jnp.exp2(logits - maximum), jnp.exp2(before - maximum)
             self.shift[:, columns] = maximum
             self.total[:, columns] = self.total[:, columns] * fade + _sum_to_sublanes(weight)
-            values = self._values(tile, row, weight.astype(self.v.dtype))
+            values = self._values(slot, row, weight.astype(self.v.dtype))
             self.acc[:, columns] = self.acc[:, columns] * fade + values
 
         jax.lax.fori_loop(0, len(self.parts), step, None)
 
-    def _logits(self, tile, row, columns):
-        return self._dot(self.k[tile % self.k.shape[0], pl.ds(row, self.blocks.slice)], self.qt[:, columns], 1)
+    def _columns(self, column):
+        return pl.ds(column, self.blocks.columns)
 
-    def _values(self, tile, row, weights):
+    def _logits(self, slot, row, columns):
+        """Base-2 logits less the shift, float32 ``[slice, columns]``."""
+        return self._dot(self.k[slot, pl.ds(row, self.blocks.slice)], self.qt[:, columns], 1)
+
+    def _values(self, slot, row, weights):
         """``[D, columns]``: the weighted sum of a slice's values."""
-        return self._dot(self.v[tile % self.v.shape[0], pl.ds(row, self.blocks.slice)], weights, 0)
+        return self._dot(self.v[slot, pl.ds(row, self.blocks.slice)], weights, 0)
 
     def _dot(self, a, b, axis):
         dimensions = (((axis,), (0,)), ((), ()))
