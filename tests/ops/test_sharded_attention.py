@@ -113,8 +113,8 @@ def test_huge_logits_pick_the_largest_key_without_overflow(ring):
 
 
 @RINGS
-def test_smoothing_subtracts_one_mean_of_the_real_keys(ring):
-    """With a mean for each device, or with padding in the mean, the shares of the parts would be wrong."""
+def test_smoothing_subtracts_the_same_mean_on_every_device(ring):
+    """With a mean for each device, the shares of the parts would be wrong."""
     q, k, v = problem(8, 57, 57)
     check((q, k + 30, v), 4, ring_chips=ring, smooth_keys=True)
 
