@@ -11,6 +11,8 @@ os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
 # compiled for is not decided by these.
 os.environ.setdefault("TPU_WORKER_HOSTNAMES", "localhost")
 os.environ.setdefault("TPU_ACCELERATOR_TYPE", "v6e-8")
+# Ending compilations that nobody needs any more leaves locks of theirs behind, which Python would point out.
+os.environ.setdefault("PYTHONWARNINGS", "ignore:resource_tracker:UserWarning")
 
 from comfyui_tpu.plan.cli import main
 

@@ -17,7 +17,7 @@ from comfyui_tpu.models.common import Task
 from comfyui_tpu.plan import catalogue, hardware, html, table
 from comfyui_tpu.plan.alternatives import topologies_that_fit
 from comfyui_tpu.plan.estimate import AUTO, EFFORTS, Job, estimate
-from comfyui_tpu.plan.rehearsal import open_model, rehearse
+from comfyui_tpu.plan.rehearsal import Call, open_model, rehearse
 from comfyui_tpu.plan.report import ModelEstimate, assemble, to_json
 from comfyui_tpu.runtime.checkpoint import read_config
 from comfyui_tpu.runtime.errors import CheckpointError, InvalidInput, PlanError
@@ -64,6 +64,12 @@ def _parser() -> argparse.ArgumentParser:
         default=AUTO,
         help="how hard the compiler tries (default: as in production, less for autoencoders, which take it minutes)",
     )
+    parser.add_argument(
+        "--only",
+        nargs="+",
+        metavar="COMPONENT",
+        help="compile only these components, such as transformer, for a quick look",
+    )
     parser.add_argument("--blocks", type=int, help="cut the transformers to this many blocks of each kind")
     parser.add_argument("--no-cache", action="store_true", help="compile again what an earlier run compiled")
     return parser
@@ -109,9 +115,9 @@ def _plan(options: argparse.Namespace, folder: Path, task: Task) -> int:
     topology = hardware.parse(options.topology)
     others = [name for name in options.compare if not name.endswith(".json")]
     topologies = [topology, *map(hardware.parse, others)]
+    saved = [_saved(Path(name)) for name in options.compare if name.endswith(".json")]
     start = time.perf_counter()
     found = [_estimate(options, folder, task, each) for each in topologies]
-    saved = [_saved(Path(name)) for name in options.compare if name.endswith(".json")]
     print(f"planned in {time.perf_counter() - start:.0f} s", file=sys.stderr)
     first = found[0]
     alternatives = [] if first.fits else topologies_that_fit(first, folder)
@@ -121,14 +127,24 @@ def _plan(options: argparse.Namespace, folder: Path, task: Task) -> int:
 
 def _estimate(options: argparse.Namespace, folder: Path, task: Task, topology: hardware.Topology) -> ModelEstimate:
     model = open_model(folder, hardware.describe_devices(topology))
+    calls = rehearse(model, task)
     programs = estimate(
         Job(folder, task, topology),
-        rehearse(model, task),
+        calls,
+        wanted=_wanted(calls, options.only),
         effort=options.effort,
         use_cache=not options.no_cache,
         report=lambda line: print(f"{topology.name}: {line}", file=sys.stderr, flush=True),
     )
     return assemble(folder.name, model, topology, task, programs)
+
+
+def _wanted(calls: list[Call], only: list[str] | None) -> list[int]:
+    """Indices of the calls of the components in ``only``; of all without it."""
+    names = {name for call in calls for name in call.components}
+    if only and not set(only) <= names:
+        raise PlanError(f"--only takes components among {', '.join(sorted(names))}; got {' '.join(only)}.")
+    return [index for index, call in enumerate(calls) if not only or set(only) & set(call.components)]
 
 
 def _saved(path: Path) -> dict[str, Any]:

@@ -114,6 +114,7 @@ def estimate(
     job: Job,
     calls: list[Call],
     *,
+    wanted: list[int] | None = None,
     effort: str = AUTO,
     kernel_cycles: costs.KernelCycles = costs.no_kernels,
     use_cache: bool = True,
@@ -124,6 +125,7 @@ def estimate(
 
     Args:
         calls: what ``job`` runs, from :func:`rehearsal.rehearse`.
+        wanted: indices of the calls to estimate; all when None.
         effort: one of :data:`EFFORTS` for all programs, or :data:`AUTO`.
         kernel_cycles: cycles of Pallas kernels, see :func:`costs.read`; a module's function (it goes to processes).
         use_cache: take what an earlier run of the same code and versions learnt.
@@ -131,20 +133,22 @@ def estimate(
         report: called with one line as each program is done.
 
     Returns:
-        One estimate a call, in their order. Once a program does not fit, those not yet compiled are left out.
+        One estimate for each call that was wanted, in their order. Once a program does not fit, those not yet compiled
+        are left out.
     """
     efforts = [_effort(call, effort) for call in calls]
     paths = [_cache_path(call, job.topology, each, kernel_cycles) for call, each in zip(calls, efforts, strict=True)]
-    found = {index: _stored(paths[index], call) if use_cache else None for index, call in enumerate(calls)}
+    indices = range(len(calls)) if wanted is None else wanted
+    found = {index: _stored(paths[index], calls[index]) if use_cache else None for index in indices}
     for known in filter(None, found.values()):
         report(_progress(known) + " (known from an earlier run)")
     missing = [index for index, known in found.items() if known is None]
     if any(known and known.failure for known in found.values()):
         missing = []
     # The dearest first, so that the last to finish did not start last.
-    wanted = [(index, efforts[index]) for index in sorted(missing, key=lambda index: _dearness(calls[index]))]
+    todo = [(index, efforts[index]) for index in sorted(missing, key=lambda index: _dearness(calls[index]))]
     compile_one = functools.partial(_compile, topology=job.topology, kernel_cycles=kernel_cycles)
-    with contextlib.closing(_compiled(job, calls, wanted, compile_one, workers or os.cpu_count() or 1)) as made:
+    with contextlib.closing(_compiled(job, calls, todo, compile_one, workers or os.cpu_count() or 1)) as made:
         for index, program in made:
             found[index] = program
             report(_progress(program))
@@ -174,8 +178,11 @@ def _compiled(
     pool = multiprocessing.get_context("spawn").Pool(min(workers, len(wanted)))
     try:
         yield from pool.imap_unordered(work, wanted)
+        pool.close()
+    except BaseException:
+        pool.terminate()  # nobody wants what still runs
+        raise
     finally:
-        pool.terminate()  # also what still runs, when nobody wants it any more
         pool.join()
 
 

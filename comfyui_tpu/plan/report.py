@@ -141,7 +141,10 @@ class ModelEstimate:
         return sum(program.trace_seconds + program.compile_seconds for program in self.programs)
 
     def warnings(self) -> list[str]:
-        return [warning for program in self.programs for warning in program.warnings]
+        compiled = {component for program in self.programs for component in program.components}
+        missing = sorted(set(self.weights) - compiled)
+        left_out = [f"Not compiled, and in no time or activation above: {', '.join(missing)}."] if missing else []
+        return left_out + [warning for program in self.programs for warning in program.warnings]
 
 
 def assemble(
