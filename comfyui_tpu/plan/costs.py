@@ -38,7 +38,7 @@ _ATTENTION_FILES = r"/comfyui_tpu/ops/[a-z_]*(attention|splash)[a-z_]*\.py$"
 # Between a model's own line and the operation lie lines of torch, torchax and JAX, which say little.
 _MODEL_PACKAGES = ("/diffusers/", "/transformers/", "/comfyui_tpu/models/")
 
-KernelCycles = Callable[[hlo.Instruction], int | None]
+KernelCycles = Callable[[hlo.Instruction], float | None]
 
 
 @dataclass(frozen=True)
@@ -72,7 +72,8 @@ class Cost:
         hbm_bytes: moved between HBM and the chip.
         collective_bytes: sent or received in collectives, whether waited for or not.
         unknown_loops: loops whose length could not be told; their bodies count once.
-        unknown_kernels: custom kernels without cycles; they count nothing.
+        unknown_kernels: Pallas kernels, by name, without cycles and without a cost estimate; they count nothing.
+        kernels_at_peak: Pallas kernels, by name, without cycles: their flop count as if at the matmul peak.
     """
 
     operations: list[Operation] = field(default_factory=list)
@@ -80,6 +81,7 @@ class Cost:
     collective_bytes: float = 0
     unknown_loops: int = 0
     unknown_kernels: Counter = field(default_factory=Counter)
+    kernels_at_peak: Counter = field(default_factory=Counter)
 
     @property
     def cycles(self) -> float:
@@ -101,18 +103,30 @@ class Cost:
         self.collective_bytes += other.collective_bytes * times
         self.unknown_loops += other.unknown_loops
         self.unknown_kernels.update(other.unknown_kernels)
+        self.kernels_at_peak.update(other.kernels_at_peak)
 
 
-def no_kernels(instruction: hlo.Instruction) -> int | None:
+def no_kernels(instruction: hlo.Instruction) -> float | None:
     """Where nobody knows the kernels' cycles."""
     return None
+
+
+@dataclass(frozen=True)
+class KernelTable:
+    """Cycles of one execution of each Pallas kernel as ``((name, cycles), ...)``: a ``kernel_cycles`` for :func:`read`."""
+
+    cycles: tuple[tuple[str, float], ...]
+
+    def __call__(self, instruction: hlo.Instruction) -> float | None:
+        return dict(self.cycles).get(instruction.kernel_name)
 
 
 def read(module: hlo.Module, topology: Topology, kernel_cycles: KernelCycles = no_kernels) -> Cost:
     """The cost of one call of ``module`` on one chip of ``topology``.
 
     Args:
-        kernel_cycles: cycles of one execution of a Pallas kernel (a ``tpu_custom_call``); None if unknown.
+        kernel_cycles: cycles of one execution of a Pallas kernel (a ``tpu_custom_call``); None if unknown. Then its
+            own cost estimate counts, at the matmul peak.
     """
     return _Reader(module, topology, kernel_cycles).computation(module.entry)
 
@@ -192,9 +206,14 @@ class _Reader:
         if instruction.custom_call_target != _KERNEL:
             return instruction.estimated_cycles
         cycles = self.kernel_cycles(instruction)
-        if cycles is None:
-            cost.unknown_kernels[instruction.name] += 1
-        return cycles or 0
+        if cycles is not None:
+            return cycles
+        flops = instruction.kernel_flops
+        if flops is None:
+            cost.unknown_kernels[instruction.kernel_name] += 1
+            return 0.0
+        cost.kernels_at_peak[instruction.kernel_name] += 1
+        return flops / self.topology.generation.flops_per_cycle
 
     def _operation(self, instruction: hlo.Instruction, cycles: float) -> Operation:
         return Operation(

@@ -127,7 +127,8 @@ def estimate(
         calls: what ``job`` runs, from :func:`rehearsal.rehearse`.
         wanted: indices of the calls to estimate; all when None.
         effort: one of :data:`EFFORTS` for all programs, or :data:`AUTO`.
-        kernel_cycles: cycles of Pallas kernels, see :func:`costs.read`; a module's function (it goes to processes).
+        kernel_cycles: cycles of Pallas kernels, see :func:`costs.read`; a module's function or a ``KernelTable`` (it
+            goes to other processes).
         use_cache: take what an earlier run of the same code and versions learnt.
         workers: processes that compile; as many as there are processors when None. 1 compiles in this process.
         report: called with one line as each program is done.
@@ -260,7 +261,10 @@ def _warnings(call: Call, cost: costs.Cost, effort: str) -> Iterator[str]:
     if cost.unknown_loops:
         yield f"{call.label}: {cost.unknown_loops} loops of unknown length are counted once."
     if cost.unknown_kernels:
-        yield f"{call.label}: {sum(cost.unknown_kernels.values())} Pallas kernels without cycles count nothing."
+        yield f"{call.label}: Pallas kernels of unknown cost count nothing: {', '.join(cost.unknown_kernels)}."
+    if cost.kernels_at_peak:
+        names = ", ".join(cost.kernels_at_peak)
+        yield f"{call.label}: Pallas kernels count their flop at the matmul peak, which is too fast: {names}."
     if effort != "production":
         yield f"{call.label}: compiled with fewer optimisations than production ('--effort production' does as it)."
 
@@ -303,7 +307,7 @@ def _cache_path(call: Call, topology: Topology, effort: str, kernel_cycles: Any)
     identity = [
         *(code_version(), topology.name, repr(module.plan), module.compute_dtype.name, repr(module.options)),
         *(call.components[0], json.dumps(config, sort_keys=True), call.method, inputs, effort),
-        getattr(kernel_cycles, "identity", kernel_cycles.__name__),
+        getattr(kernel_cycles, "__name__", repr(kernel_cycles)),
     ]
     return cache_folder() / f"{hashlib.sha256(repr(identity).encode()).hexdigest()[:32]}.json"
 

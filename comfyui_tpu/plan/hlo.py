@@ -55,6 +55,17 @@ class Instruction:
         match = re.search(r'custom_call_target="([^"]*)"', self.attributes)
         return match.group(1) if match else ""
 
+    @property
+    def kernel_name(self) -> str:
+        """Of a Pallas kernel: the name its ``pallas_call`` was given."""
+        scopes = self.op_name.split("/")
+        return scopes[-2] if len(scopes) > 1 and scopes[-1] == "pallas_call" else self.name.split(".")[0]
+
+    @property
+    def kernel_flops(self) -> int | None:
+        """Of a Pallas kernel: the flop its own cost estimate says, if it has one."""
+        return _number(r'"cost_estimate":\{"flops":"?(\d+)', self.attributes)
+
     def called(self, attribute: str) -> tuple[str, ...]:
         """Computations named by an attribute such as ``calls``, ``body`` or ``branch_computations``."""
         match = re.search(rf"\b{attribute}=(\{{[^}}]*\}}|%[\w.\-]+)", self.attributes)

@@ -125,19 +125,30 @@ def test_one_layers_slice_of_stacked_weights_reads_one_layer():
     assert cost.hbm_bytes == 8 * 8 * 2 + 4
 
 
-KERNEL = 'ROOT %k = bf16[8,8]{1,0} custom-call(%x), custom_call_target="tpu_custom_call"'
+KERNEL = (
+    'ROOT %splash.1 = bf16[8,8]{1,0} custom-call(%x), custom_call_target="tpu_custom_call", '
+    'metadata={op_name="jit(f)/shard_map/splash_attention/pallas_call"}'
+)
 
 
 def test_a_kernels_cycles_come_from_whoever_knows_them():
-    cost = costs.read(program(X, KERNEL), V6E, lambda instruction: 123)
+    cost = costs.read(program(X, KERNEL), V6E, costs.KernelTable((("splash_attention", 123),)))
     assert cost.cycles == 123
     assert not cost.unknown_kernels
+    assert not cost.kernels_at_peak
 
 
-def test_a_kernel_nobody_knows_is_named():
+def test_a_kernel_without_cycles_counts_its_own_flop_at_the_peak_and_is_named():
+    estimate = ', backend_config={"custom_call_config":{"cost_estimate":{"flops":"5242880","transcendentals":"1"}}}'
+    cost = costs.read(program(X, KERNEL + estimate), V6E)
+    assert cost.cycles == 5_242_880 / 524_288
+    assert dict(cost.kernels_at_peak) == {"splash_attention": 1}
+
+
+def test_a_kernel_nobody_knows_anything_of_counts_nothing_and_is_named():
     cost = costs.read(program(X, KERNEL), V6E)
     assert cost.cycles == 0
-    assert dict(cost.unknown_kernels) == {"k": 1}
+    assert dict(cost.unknown_kernels) == {"splash_attention": 1}
 
 
 def test_collectives_of_one_chip_take_no_time():
