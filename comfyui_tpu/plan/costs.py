@@ -113,7 +113,7 @@ def no_kernels(instruction: hlo.Instruction) -> float | None:
 
 @dataclass(frozen=True)
 class KernelTable:
-    """Cycles of one execution of each Pallas kernel as ``((name, cycles), ...)``: a ``kernel_cycles`` for :func:`read`."""
+    """Cycles of one run of each Pallas kernel, ``((name, cycles), ...)``: a ``kernel_cycles`` for :func:`read`."""
 
     cycles: tuple[tuple[str, float], ...]
 
