@@ -44,7 +44,7 @@ def attention(
     Returns:
         ``[B, H, Sq, Dv]`` in the query's dtype.
     """
-    _check_shapes(query, key, value)
+    check_shapes(query, key, value)
     if smooth_keys:
         key = (key - jnp.mean(key, axis=2, keepdims=True, dtype=jnp.float32)).astype(key.dtype)
     scale = 1 / math.sqrt(query.shape[-1]) if scale is None else scale
@@ -69,7 +69,7 @@ def attention_with_lse(
         ``[B, H, Sq, Dv]`` in the query's dtype, and ``[B, H, Sq]`` float32: log2 of each row's sum of exp2 of its
         base-2 logits (logit · log2 e), of the smoothed keys if they are smoothed.
     """
-    _check_shapes(query, key, value)
+    check_shapes(query, key, value)
     if smooth_keys:
         key = (key - jnp.mean(key, axis=2, keepdims=True, dtype=jnp.float32)).astype(key.dtype)
     scale = 1 / math.sqrt(query.shape[-1]) if scale is None else scale
@@ -81,7 +81,8 @@ def attention_with_lse(
     return _join_blocks(out, query.shape[2]), _join_blocks(lse, query.shape[2])
 
 
-def _check_shapes(query: jax.Array, key: jax.Array, value: jax.Array) -> None:
+def check_shapes(query: jax.Array, key: jax.Array, value: jax.Array) -> None:
+    """Raise ValueError with all three shapes unless they belong together."""
     agree = query.ndim == key.ndim == value.ndim == 4 and key.shape[:3] == value.shape[:3]
     if not (agree and query.shape[:2] == key.shape[:2] and query.shape[3] == key.shape[3]):
         raise ValueError(

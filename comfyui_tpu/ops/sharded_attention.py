@@ -16,12 +16,12 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh, PartitionSpec
 
-from comfyui_tpu.ops.attention import attention, attention_with_lse
+from comfyui_tpu.ops.attention import attention, attention_with_lse, check_shapes
 
 Strategy = Literal["heads", "ring"]
 LocalAttention = Callable[..., "jax.Array | tuple[jax.Array, jax.Array]"]
 
-# Below these a kernel's padded tiles and its start cost more than XLA's own attention.
+# Below these the kernel's padded tiles and its start are taken to cost more than XLA's own attention. Not measured yet.
 KERNEL_MIN_QUERIES = 1024
 KERNEL_MIN_KEYS = 256
 KERNEL_MAX_HEAD_DIM = 128
@@ -64,8 +64,10 @@ def attend(
         ``[B, H, Sq, Dv]`` in the query's dtype, tokens split over the devices.
 
     Raises:
-        ValueError: ``ring_chips`` does not divide the number of devices, or the strategy is unknown.
+        ValueError: shapes do not belong together, ``ring_chips`` does not divide the number of devices, or the strategy
+            is unknown.
     """
+    check_shapes(query, key, value)
     local = local or functools.partial(_attend_locally, mesh.devices.flat[0].platform)
     local = functools.partial(local, scale=1 / math.sqrt(query.shape[-1]) if scale is None else scale)
     # A batch is more heads: two CFG halves of 12 heads divide by 8 together.

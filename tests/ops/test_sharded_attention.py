@@ -178,6 +178,12 @@ def test_the_kernel_is_chosen_on_a_tpu_where_it_is_long_enough():
     assert local_attention("tpu", 14400, 14400, 64, jnp.float16) is plain
 
 
+def test_fewer_key_heads_are_refused_and_not_filled_up():
+    q, k, v = problem(8, 16, 16)
+    with pytest.raises(ValueError, match=r"got \(1, 8, 16, 16\), \(1, 6, 16, 16\)"):
+        attend(q, k[:, :6], v[:, :6], mesh=mesh(8))
+
+
 def test_impossible_rings_are_named():
     with pytest.raises(ValueError, match="divide the number of devices, 8; got 3"):
         attend(*problem(8, 16, 16), mesh=mesh(8), ring_chips=3)
