@@ -42,7 +42,7 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from comfyui_tpu.ops.splash_blocks import Blocks, fit
+from comfyui_tpu.ops.splash_blocks import Blocks, fit, generation_of
 
 LOG2_E = math.log2(math.e)
 HEADROOM = 64.0  # H above, in powers of two
@@ -61,6 +61,7 @@ def splash_attention(
     scale: float | None = None,
     smooth_keys: bool = False,
     blocks: Blocks | None = None,
+    device_kind: str | None = None,
     return_lse: bool = False,
     interpret: bool = False,
 ) -> jax.Array | tuple[jax.Array, jax.Array]:
@@ -72,7 +73,9 @@ def splash_attention(
         value: ``[B, H, Sk, D]``, of the query's dtype.
         scale: factor on the logits; ``1/sqrt(D)`` when None.
         smooth_keys: subtract the mean key first: the same result in exact arithmetic, kinder to low precision.
-        blocks: tile sizes; those of the table for the device kind being compiled for when None.
+        blocks: tile sizes; the table's for ``device_kind`` when None.
+        device_kind: JAX's name of the device being compiled for (programs may be lowered for devices that are only
+            described); this machine's when None.
         return_lse: also return each row's log-sum-exp, for merging results over parts of the keys.
         interpret: run in Pallas' interpreter (any backend; for tests).
 
@@ -95,7 +98,8 @@ def splash_attention(
     padded = _padded_head_dim(width)
     q, k, v = (_flat(x, padded) for x in (query, key, value))
     mean = jnp.pad(mean.reshape(batch * heads, width, 1), ((0, 0), (0, padded - width), (0, 0)))
-    blocks = fit(blocks, rows, key.shape[2], padded, query.dtype.itemsize)
+    generation = generation_of(device_kind or jax.devices()[0].device_kind)
+    blocks = blocks or fit(generation, rows, key.shape[2], padded, query.dtype.itemsize)
     call = functools.partial(_call, rows=rows, keys=key.shape[2], blocks=blocks, factor=scale * LOG2_E)
     beyond = -key.shape[2] % blocks.keys
     v = jnp.pad(v, ((0, 0), (0, beyond), (0, 0)))
@@ -146,7 +150,7 @@ def _call(q, k, v, mean, radius, *, rows: int, keys: int, blocks: Blocks, factor
     depth = k.shape[2]
     tiles, query_blocks = k.shape[1] // blocks.keys, pl.cdiv(rows, blocks.queries)
     by_query = pl.BlockSpec((None, blocks.queries, width), lambda h, i: (h, i, 0))
-    in_hbm = pl.BlockSpec(memory_space=pl.ANY)
+    in_hbm = pl.BlockSpec(memory_space=pltpu.HBM)
     return pl.pallas_call(
         functools.partial(_kernel, blocks=blocks, rows=rows, tiles=tiles, factor=factor),
         grid=(heads, query_blocks),
@@ -172,7 +176,10 @@ def _call(q, k, v, mean, radius, *, rows: int, keys: int, blocks: Blocks, factor
             "shift": pltpu.VMEM((1, blocks.queries), jnp.float32),
             "safe": pltpu.SMEM((1,), jnp.int32),
         },
-        compiler_params=pltpu.CompilerParams(dimension_semantics=("parallel", "arbitrary")),
+        compiler_params=pltpu.CompilerParams(
+            dimension_semantics=("parallel", "arbitrary"),
+            vmem_limit_bytes=blocks.vmem_mib and blocks.vmem_mib * 2**20,
+        ),
         cost_estimate=pl.CostEstimate(
             flops=4 * heads * rows * keys * width,
             transcendentals=heads * rows * keys,
@@ -248,25 +255,40 @@ class _Work:
 
     def start(self, q, mean, radius, factor, kept_rows):
         """Scale, turn and extend the queries; choose each one's shift, and whether the block is safe."""
-        scaled = q[...].astype(jnp.float32).T * factor
-        reach = jnp.sqrt(jnp.sum(scaled * scaled, axis=0, keepdims=True)) * radius
-        centre = jnp.sum(scaled * mean, axis=0, keepdims=True)
-        # Queries beyond the end are whatever the memory holds.
-        real = jax.lax.broadcasted_iota(jnp.int32, reach.shape, 1) < kept_rows
-        fine = (reach <= 2 * HEADROOM) & (jnp.abs(centre) <= LARGEST_CENTRE)
-        safe = jnp.min(jnp.where(real & ~fine, 0, 1)) == 1
-        # The shift as the matrix unit will see it: rounding moves it, and every logit of the row by as much.
-        shift = jnp.where(safe, centre + jnp.maximum(reach - HEADROOM, 0), 0).astype(self.qt.dtype)
-        width, depth = self.acc.shape[0], self.qt.shape[0]
-        row = jax.lax.broadcasted_iota(jnp.int32, (depth - width, shift.shape[1]), 0)
-        shift = shift.astype(jnp.float32)
-        extension = jnp.where(row == 0, -shift, jnp.where(row == 1, 1.0, 0.0))
-        self.qt[:width] = scaled.astype(self.qt.dtype)
-        self.qt[width:] = extension.astype(self.qt.dtype)
-        self.safe[0] = safe.astype(jnp.int32)
-        self.shift[...] = jnp.where(safe, shift, LOWEST)
-        self.acc[...] = jnp.zeros_like(self.acc)
+        width = self.acc.shape[0]
+
+        def turn(columns, safe):
+            scaled = q[columns].astype(jnp.float32).T * factor
+            reach = jnp.sqrt(jnp.sum(scaled * scaled, axis=0, keepdims=True)) * radius
+            centre = jnp.sum(scaled * mean, axis=0, keepdims=True)
+            # Queries beyond the end are whatever the memory holds.
+            real = jax.lax.broadcasted_iota(jnp.int32, reach.shape, 1) < kept_rows - columns.start
+            fine = (reach <= 2 * HEADROOM) & (jnp.abs(centre) <= LARGEST_CENTRE)
+            self.qt[:width, columns] = scaled.astype(self.qt.dtype)
+            self.shift[:, columns] = centre + jnp.maximum(reach - HEADROOM, 0)
+            return jnp.minimum(safe, jnp.min(jnp.where(real & ~fine, 0, 1)))
+
+        safe = self._by_columns(turn, jnp.int32(1))
+        self.safe[0] = safe
+
+        def extend(columns, _):
+            # The shift as the matrix unit will see it: rounding moves it, and every logit of the row by as much.
+            shift = jnp.where(safe == 1, self.shift[:, columns], 0).astype(self.qt.dtype).astype(jnp.float32)
+            self.shift[:, columns] = jnp.where(safe == 1, shift, LOWEST)
+            row = jax.lax.broadcasted_iota(jnp.int32, (self.qt.shape[0] - width, shift.shape[1]), 0)
+            extension = jnp.where(row == 0, -shift, jnp.where(row == 1, 1.0, 0.0))
+            self.qt[width:, columns] = extension.astype(self.qt.dtype)
+            self.acc[:, columns] = jnp.zeros((width, shift.shape[1]), jnp.float32)
+            return _
+
+        self._by_columns(extend, 0)
         self.total[...] = jnp.zeros_like(self.total)
+
+    def _by_columns(self, step, carry):
+        """A loop over the queries, some registers' worth at a time: little code, little memory for what is spilled."""
+        size = math.gcd(self.blocks.queries, 512)
+        at = lambda number: pl.ds(pl.multiple_of(number * size, size), size)  # noqa: E731
+        return jax.lax.fori_loop(0, self.blocks.queries // size, lambda n, carry: step(at(n), carry), carry)
 
     def add(self, tile):
         """Add tile number ``tile`` to the sums."""
@@ -275,9 +297,13 @@ class _Work:
         pl.when(self.safe[0] == 0)(lambda: self._online(slot))
 
     def finish(self, out, lse):
-        weight = jnp.sum(self.total[...], axis=0, keepdims=True)
-        out[...] = (self.acc[...] / weight).T.astype(out.dtype)
-        lse[...] = self.shift[...] + jnp.log2(weight)
+        def step(columns, _):
+            weight = jnp.sum(self.total[:, columns], axis=0, keepdims=True)
+            out[columns] = (self.acc[:, columns] / weight).T.astype(out.dtype)
+            lse[:, columns] = self.shift[:, columns] + jnp.log2(weight)
+            return _
+
+        self._by_columns(step, 0)
 
     def _bounded(self, slot):
         """Straight-line code, its parts skewed into a pipeline.

@@ -1,7 +1,14 @@
-"""Tile sizes of the attention kernel."""
+"""Tile sizes of the attention kernel: a table per TPU generation, fitted to the lengths at hand.
+
+The table comes from ``python -m comfyui_tpu.bench tune``, which compiles candidates with the TPU compiler and ranks them by
+their static cycles (a compiler estimate; jax 0.10.2, libtpu 0.0.42.1). docs/attention.md tells how to read them.
+"""
 
 from __future__ import annotations
 
+import functools
+import math
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 
@@ -16,6 +23,7 @@ class Blocks:
         slice: keys that one part of the pipeline handles.
         ahead: how many parts the logits run ahead of their exponentials.
         behind: how many parts the values follow behind them.
+        vmem_mib: the scoped VMEM the kernel asks for; the compiler's default (32 MiB on v6e, 16 MiB elsewhere) when None.
     """
 
     queries: int
@@ -24,12 +32,13 @@ class Blocks:
     slice: int
     ahead: int = 1
     behind: int = 1
+    vmem_mib: int | None = None
 
     def __post_init__(self):
-        if self.queries % self.columns or self.keys % self.slice or self.columns % 128 or self.slice % 16:
+        if self.queries % self.columns or self.keys % self.slice or self.columns % 128 or self.slice % 128:
             raise ValueError(
-                "a tile's queries must be a multiple of its columns (multiples of 128), its keys of its slice "
-                f"(a multiple of 16); got {self}"
+                "a tile's queries must be a multiple of its columns and its keys of its slice, both multiples of 128; "
+                f"got {self}"
             )
 
     @property
@@ -37,11 +46,92 @@ class Blocks:
         return self.keys // self.slice
 
 
-def largest_waste_slices(keys: int, blocks: Blocks) -> int:
-    """How many slices of the last tile are, at least in part, beyond the end of ``keys``."""
-    beyond = -keys % blocks.keys
-    return -(-beyond // blocks.slice)
+@dataclass(frozen=True)
+class Limits:
+    """The tiles to choose from for a generation and head_dim, and what they cost.
+
+    Attributes:
+        queries, keys: the most of each in a tile.
+        area: the most queries times keys: straight-line code grows with it, and so does the time to compile it.
+        columns: as in :class:`Blocks`; None for all the tile's queries at once.
+        slices: the slices to choose from.
+        ahead, behind: as in :class:`Blocks`.
+        step: queries come in multiples of it (the width of the matrix unit).
+        cycles: of 1024 logits, when nothing else is in the way.
+        part_cycles: what each part of the pipeline costs besides (the matrix unit changes operands).
+    """
+
+    queries: int
+    keys: int
+    area: int
+    columns: int | None
+    slices: tuple[int, ...]
+    ahead: int
+    behind: int
+    step: int
+    cycles: float
+    part_cycles: float
 
 
-def fit(blocks: Blocks | None, queries: int, keys: int, head_dim: int, itemsize: int) -> Blocks:
-    return blocks
+# On the 256-wide matrix units of v6e and v7x, parts of 256 × 256 hide the loading of weights behind streaming keys where
+# a head is 64 deep; at 128 that loading costs nothing, and whole rows of queries change operands least often.
+_WIDE = {
+    64: Limits(3072, 3072, 10 * 2**20, 256, (256,), 4, 2, 256, 1.25, 6),
+    128: Limits(3072, 4608, 11 * 2**20, None, (512, 256), 1, 1, 256, 1.5, 100),
+    256: Limits(1536, 2048, 4 * 2**20, None, (512, 256), 1, 1, 256, 2.5, 100),
+}
+# v4, v5e and v5p: 128-wide units and 16 MiB of scoped VMEM.
+_NARROW = {
+    64: Limits(1536, 2048, 3 * 2**20, 512, (512, 256), 1, 1, 512, 4, 100),
+    128: Limits(1024, 2048, 2 * 2**20, None, (512, 256), 1, 1, 128, 4, 100),
+    256: Limits(512, 1024, 2**19, None, (256,), 1, 1, 128, 8, 100),
+}
+TABLE = {"v4": _NARROW, "v5e": _NARROW, "v5p": _NARROW, "v6e": _WIDE, "v7x": _WIDE}
+SAFE = "v5e"  # for a generation that the table lacks: fits everywhere
+
+# Cycles of starting and ending a tile, and of starting and ending a block of queries, per query.
+_TILE_CYCLES = 150
+_QUERY_CYCLES = 0.65
+
+
+@functools.lru_cache(maxsize=256)
+def fit(generation: str, queries: int, keys: int, head_dim: int, itemsize: int = 2) -> Blocks:
+    """The tile that costs least for these lengths, with what lies beyond their ends.
+
+    Args:
+        generation: ``"v4"``, ``"v5e"``, ``"v5p"``, ``"v6e"`` or ``"v7x"``; others get the smallest tiles.
+        queries, keys: how many of each.
+        head_dim: after padding: 64 or a multiple of 128. Beyond 256 the kernel is not offered.
+        itemsize: bytes of an element; 4-byte elements take half the queries.
+    """
+    rows = TABLE.get(generation, TABLE[SAFE])
+    if head_dim > max(rows):
+        raise ValueError(f"the attention kernel is made for head_dim up to {max(rows)}; got {head_dim}")
+    limits = rows[next(width for width in sorted(rows) if head_dim <= width)]
+    if itemsize > 2:
+        limits = replace(limits, queries=limits.queries // 2, area=limits.area // 2)
+    return min(_candidates(limits), key=lambda blocks: (_cycles(blocks, limits, queries, keys), -blocks.queries))
+
+
+def _candidates(limits: Limits) -> Iterator[Blocks]:
+    for queries in range(limits.step, limits.queries + 1, limits.step):
+        for size in limits.slices:
+            for keys in range(size, min(limits.keys, limits.area // queries) + 1, size):
+                columns = limits.columns or queries
+                yield Blocks(queries, keys, columns, size, limits.ahead, limits.behind)
+
+
+def _cycles(blocks: Blocks, limits: Limits, queries: int, keys: int) -> float:
+    """About how long one head takes: what :class:`Limits` says of a tile, times the tiles."""
+    parts = blocks.slices * (blocks.queries // blocks.columns)
+    tile = blocks.queries * blocks.keys / 1024 * limits.cycles + parts * limits.part_cycles + _TILE_CYCLES
+    tiles = math.ceil(keys / blocks.keys)
+    return math.ceil(queries / blocks.queries) * (tiles * tile + blocks.queries * _QUERY_CYCLES)
+
+
+def generation_of(device_kind: str) -> str:
+    """The generation in JAX's name of a device: ``"TPU v6 lite"`` → ``"v6e"``; the name itself when unknown."""
+    names = {"v4": "v4", "v5 lite": "v5e", "v5e": "v5e", "v5p": "v5p", "v5": "v5p", "v6 lite": "v6e", "v6e": "v6e"}
+    names |= {"7x": "v7x", "v7x": "v7x", "v7": "v7x"}
+    kind = device_kind.lower().removeprefix("tpu").strip()
+    return names.get(kind, kind)
