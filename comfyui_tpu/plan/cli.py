@@ -18,7 +18,7 @@ from comfyui_tpu.plan import catalogue, hardware, html, table
 from comfyui_tpu.plan.alternatives import topologies_that_fit
 from comfyui_tpu.plan.estimate import AUTO, EFFORTS, Job, estimate
 from comfyui_tpu.plan.rehearsal import Call, open_model, rehearse
-from comfyui_tpu.plan.report import ModelEstimate, assemble, to_json
+from comfyui_tpu.plan.report import SCHEMA, ModelEstimate, assemble, to_json
 from comfyui_tpu.runtime.checkpoint import read_config
 from comfyui_tpu.runtime.errors import CheckpointError, InvalidInput, PlanError
 
@@ -149,9 +149,12 @@ def _wanted(calls: list[Call], only: list[str] | None) -> list[int]:
 
 def _saved(path: Path) -> dict[str, Any]:
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        found = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise PlanError(f"--compare: {path} is no file that --json wrote ({error}).") from error
+    if not isinstance(found, dict) or found.get("schema") != SCHEMA:
+        raise PlanError(f"--compare: {path} was not written by this version's --json. Plan it again.")
+    return found
 
 
 def _write(options: argparse.Namespace, found: list[ModelEstimate], saved: list[dict], alternatives: list[str]) -> None:

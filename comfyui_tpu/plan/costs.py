@@ -33,7 +33,9 @@ _FREE = {"parameter", "constant", "get-tuple-element", "tuple", "bitcast", "part
 _MOVES = {"copy", "slice", "dynamic-slice", "dynamic-update-slice", "pad", "reshape", "transpose", "broadcast", "iota"}
 _MOVES |= {"concatenate", "gather", "reverse", "bitcast-convert", "copy-start", "slice-start"}
 _READS_A_PART = {"dynamic-slice", "slice", "gather"}
+_CALLS = ("while", "call", "conditional")
 _KERNEL = "tpu_custom_call"
+_HBM, _LINKS = "hbm", "links"
 _ATTENTION_FILES = r"/comfyui_tpu/ops/[a-z_]*(attention|splash)[a-z_]*\.py$"
 # Between a model's own line and the operation lie lines of torch, torchax and JAX, which say little.
 _MODEL_PACKAGES = ("/diffusers/", "/transformers/", "/comfyui_tpu/models/")
@@ -131,6 +133,24 @@ def read(module: hlo.Module, topology: Topology, kernel_cycles: KernelCycles = n
     return _Reader(module, topology, kernel_cycles).computation(module.entry)
 
 
+class _Schedule:
+    """The time on a chip, in cycles, and the transfers beside the computation; those of one kind follow one another."""
+
+    def __init__(self) -> None:
+        self.now = 0.0
+        self._free_at = {_HBM: 0.0, _LINKS: 0.0}
+        self._ready_at: dict[str, float] = {}
+
+    def start(self, name: str, resource: str, duration: float) -> None:
+        """A transfer called ``name`` begins as soon as its resource is free."""
+        begin = max(self.now, self._free_at[resource])
+        self._free_at[resource] = self._ready_at[name] = begin + duration
+
+    def wait_for(self, names: tuple[str, ...]) -> float:
+        """How long until the transfer among ``names`` is done."""
+        return max((max(0.0, self._ready_at.pop(name, 0.0) - self.now) for name in names), default=0.0)
+
+
 class _Reader:
     """Walks computations in the order in which the compiler scheduled them."""
 
@@ -142,36 +162,36 @@ class _Reader:
     def computation(self, name: str) -> Cost:
         instructions = self.module.computations.get(name, ())
         shapes = {instruction.name: instruction for instruction in instructions}
-        cost, now = Cost(), 0.0
-        free_at = {"hbm": 0.0, "links": 0.0}  # transfers of one kind follow one another
-        ready_at: dict[str, float] = {}
+        cost, schedule = Cost(), _Schedule()
         for instruction in instructions:
-            opcode = instruction.opcode
-            if opcode in _FREE:
+            if instruction.opcode in _FREE:
                 continue
             cost.hbm_bytes += self._hbm_bytes(instruction, shapes)
-            if opcode in ("while", "call", "conditional"):
+            if instruction.opcode in _CALLS:
                 inner, times = self._inner(instruction, cost)
                 cost.add(inner, times)
-                now += inner.cycles * times
+                schedule.now += inner.cycles * times
                 continue
-            if opcode.endswith("-done"):
-                ready = ready_at.pop(instruction.operands[0], now) if instruction.operands else now
-                cycles = max(0.0, ready - now)
-            elif (transfer := self._transfer(instruction)) is not None:
-                resource, duration = transfer
-                if resource == "links":
-                    cost.collective_bytes += instruction.largest_array()
-                if opcode.endswith("-start"):
-                    free_at[resource] = ready_at[instruction.name] = max(now, free_at[resource]) + duration
-                    continue
-                cycles = duration
-            else:
-                cycles = self._compute(instruction, cost)
-            now += cycles
+            cycles = self._cycles(instruction, schedule, cost)
+            schedule.now += cycles
             if cycles > 0:
                 cost.operations.append(self._operation(instruction, cycles))
         return cost
+
+    def _cycles(self, instruction: hlo.Instruction, schedule: _Schedule, cost: Cost) -> float:
+        """How long the chip is busy with an instruction, or waits for it."""
+        if instruction.opcode.endswith("-done"):
+            return schedule.wait_for(instruction.operands)
+        transfer = self._transfer(instruction)
+        if transfer is None:
+            return self._compute(instruction, cost)
+        resource, duration = transfer
+        if resource == _LINKS:
+            cost.collective_bytes += instruction.largest_array()
+        if not instruction.opcode.endswith("-start"):
+            return duration
+        schedule.start(instruction.name, resource, duration)
+        return 0.0
 
     def _inner(self, instruction: hlo.Instruction, cost: Cost) -> tuple[Cost, int]:
         """The computation that a loop, call or branch runs, and how often."""
@@ -190,9 +210,9 @@ class _Reader:
         opcode, clock = self._collective_kind(instruction), self.topology.generation.clock
         if opcode.startswith(_COLLECTIVES):
             group = instruction.group_size(self.topology.devices)
-            return "links", clock * collective_seconds(opcode, instruction.largest_array(), group, self.topology)
+            return _LINKS, clock * collective_seconds(opcode, instruction.largest_array(), group, self.topology)
         if opcode.endswith("-start"):
-            return "hbm", clock * instruction.largest_array() / self.topology.generation.hbm_bandwidth
+            return _HBM, clock * instruction.largest_array() / self.topology.generation.hbm_bandwidth
         return None
 
     def _collective_kind(self, instruction: hlo.Instruction) -> str:
@@ -262,13 +282,15 @@ class _Reader:
 
     def _hbm_bytes(self, instruction: hlo.Instruction, shapes: dict[str, hlo.Instruction]) -> int:
         """Bytes that one execution reads from and writes to HBM, as far as its arrays lie there."""
-        if instruction.opcode in ("while", "call", "conditional") or instruction.opcode.endswith("-done"):
+        if instruction.opcode in _CALLS or instruction.opcode.endswith("-done"):
             return 0
         if instruction.opcode.endswith("-start"):
             return instruction.largest_array()
         fused = [i for name in instruction.called("calls") for i in self.module.computations.get(name, ())]
         written = instruction.bytes(hbm_only=True)
-        if instruction.opcode in _READS_A_PART or self._root(fused, instruction) == "dynamic-update-slice":
+        if instruction.opcode in _READS_A_PART:
+            return instruction.bytes() + written
+        if self._root(fused, instruction) == "dynamic-update-slice":
             return 2 * min(written, self._part_written(fused, instruction, shapes))
         parts = _parts_read(fused)
         read = 0

@@ -11,7 +11,6 @@ from dataclasses import dataclass
 _BITS = {"pred": 8, "s4": 4, "u4": 4, "s2": 2, "u2": 2, "token": 0, "opaque": 0}
 _SHAPE = re.compile(r"([a-z]+\d*[a-z0-9]*)\[([\d,]*)\](\{[^}]*\})?")
 _NAME = re.compile(r"%([\w.\-]+)")
-_VMEM = "S(1)"  # memory space 1 is the vector memory on the chip; without a mark an array lies in HBM
 
 
 @dataclass(frozen=True)
@@ -181,6 +180,7 @@ def _arrays(shape: str) -> Iterator[tuple[int, bool]]:
     """(bytes, whether in HBM) of each array of a possibly nested type."""
     for kind, dims, layout in _SHAPE.findall(shape):
         elements = math.prod(int(n) for n in dims.split(",") if n)
+        # Memory space 1, S(1), is the vector memory on the chip; without a mark an array lies in HBM.
         yield math.ceil(elements * _bits(kind) / 8), "S(" not in layout
 
 
