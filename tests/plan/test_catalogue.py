@@ -12,8 +12,8 @@ from comfyui_tpu.plan import catalogue
 from comfyui_tpu.plan.rehearsal import open_model
 from comfyui_tpu.runtime.errors import PlanError
 
-# Parameters in billions, as the model cards say; the Mistral text encoder without its last ten layers, its vision tower
-# and its output head, UMT5 and T5 v1.1 XXL as encoders.
+# Parameters in billions, as these models are described everywhere. The Mistral text encoder is without its last ten
+# layers, its vision tower and its output head; UMT5 and T5 v1.1 XXL are encoders only.
 BILLIONS = {
     "flux.2-dev": {"transformer": 32, "text_encoder": 17.3, "vae": 0.084},
     "cogvideox1.5-5b": {"transformer": 5.57, "text_encoder": 4.76, "vae": 0.216},
