@@ -68,7 +68,7 @@ def attend(
             is unknown.
     """
     check_shapes(query, key, value)
-    local = local or functools.partial(_attend_locally, mesh.devices.flat[0].platform)
+    local = local or functools.partial(_attend_locally, mesh.devices.flat[0])
     local = functools.partial(local, scale=1 / math.sqrt(query.shape[-1]) if scale is None else scale)
     # A batch is more heads: two CFG halves of 12 heads divide by 8 together.
     folded = [x.reshape(1, -1, *x.shape[2:]) for x in (query, key, value)]
@@ -104,15 +104,20 @@ def _ring_chips(strategy: str, ring_chips: int | None, problems: int, devices: i
     return chosen
 
 
-def local_attention(platform: str, queries: int, keys: int, head_dim: int, dtype: jnp.dtype) -> LocalAttention:
-    """What computes attention fastest on one device of ``platform``, for these lengths: the kernel, or plain JAX."""
+def local_attention(
+    platform: str, queries: int, keys: int, head_dim: int, dtype: jnp.dtype, device_kind: str | None = None
+) -> LocalAttention:
+    """What computes attention fastest on one device of ``platform``, for these lengths: the kernel, or plain JAX.
+
+    ``device_kind`` is JAX's name of the device, which the kernel's tile sizes depend on.
+    """
     long_enough = queries >= KERNEL_MIN_QUERIES and keys >= KERNEL_MIN_KEYS
     floats = dtype in (jnp.bfloat16, jnp.float32)
     if platform != "tpu" or not long_enough or head_dim > KERNEL_MAX_HEAD_DIM or not floats:
         return plain
     from comfyui_tpu.ops.splash import splash_attention
 
-    return splash_attention
+    return functools.partial(splash_attention, device_kind=device_kind)
 
 
 def plain(query, key, value, *, scale=None, smooth_keys=False, return_lse=False):
@@ -124,8 +129,9 @@ def plain(query, key, value, *, scale=None, smooth_keys=False, return_lse=False)
     return function(query, key, value, scale=scale, smooth_keys=smooth_keys)
 
 
-def _attend_locally(platform: str, query, key, value, **options):
-    chosen = local_attention(platform, query.shape[2], key.shape[2], query.shape[3], query.dtype)
+def _attend_locally(device: jax.Device, query, key, value, **options):
+    lengths = (query.shape[2], key.shape[2], query.shape[3])
+    chosen = local_attention(device.platform, *lengths, query.dtype, device.device_kind)
     if value.shape != key.shape:
         chosen = plain
     return chosen(query, key, value, **options)

@@ -170,7 +170,7 @@ def test_two_guidance_halves_share_the_devices_as_twice_the_heads():
 
 def test_the_kernel_is_chosen_on_a_tpu_where_it_is_long_enough():
     choose = functools.partial(local_attention, head_dim=128, dtype=jnp.bfloat16)
-    assert choose("tpu", 1024, 256).__name__ == "splash_attention"
+    assert choose("tpu", 1024, 256).func.__name__ == "splash_attention"
     assert choose("cpu", 75600, 75600) is plain
     assert choose("tpu", 1023, 75600) is plain
     assert choose("tpu", 75600, 255) is plain
