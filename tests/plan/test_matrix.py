@@ -1,8 +1,8 @@
 """Every model lowers and compiles for every generation's usual topology.
 
-In CI with two blocks of each kind, 256 × 256 pixels and narrow autoencoders; transformers are compiled everywhere, the
-rest on v6e:2x4 (and lowered elsewhere). ``COMFYUI_TPU_PLAN_FULL=1`` compiles every program at full depth and size,
-which takes hours.
+In CI with two blocks of each kind, 256 × 256 pixels and narrow autoencoders. Transformers are compiled everywhere; text
+encoders and autoencoders on v6e:2x4, and only once where several models have the same one (elsewhere they are lowered).
+``COMFYUI_TPU_PLAN_FULL=1`` compiles every program at full depth and size, which takes hours.
 """
 
 import functools
