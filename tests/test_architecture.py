@@ -79,6 +79,18 @@ def test_the_planner_is_above_what_it_plans(path):
     assert not {i for i in imports(path) if i.startswith("comfyui_tpu.plan")}
 
 
+@pytest.mark.parametrize("path", files("ops", "runtime", "models", "plan"), ids=name)
+def test_the_benchmarks_are_above_what_they_measure(path):
+    assert not {i for i in imports(path) if i.startswith("comfyui_tpu.bench")}
+
+
+@pytest.mark.parametrize("path", files("bench"), ids=name)
+def test_the_benchmarks_know_operators_and_hardware_and_no_model(path):
+    allowed = ("bench", "ops", "plan.bundles", "plan.hardware", "runtime.errors")
+    ours = {i.removeprefix("comfyui_tpu.") for i in imports(path) if i.startswith("comfyui_tpu.")}
+    assert {i for i in ours if not i.startswith(allowed)} <= {"plan"}
+
+
 @pytest.mark.parametrize("path", files("plan"), ids=name)
 def test_the_planner_imports_only_downwards(path):
     assert not {i for i in imports(path) if i.startswith("comfyui_tpu.comfy") and i[17:18] in {"", "."}}

@@ -1,0 +1,8 @@
+"""``python -m comfyui_tpu.bench``: ``attention`` compares kernels, ``tune`` looks for our kernel's best tiles."""
+
+import sys
+
+from comfyui_tpu.bench.cli import main
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,128 @@
+"""Comparing our attention kernel with others, by the compiler's schedules."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from importlib.metadata import PackageNotFoundError, version
+from typing import Any
+
+from comfyui_tpu.bench.compiling import Compiled
+from comfyui_tpu.bench.kernels import JAX_SPLASH, OURS, Count, Job, Shape, count, head_dim_bound
+from comfyui_tpu.plan.hardware import Topology
+
+ESTIMATE = "Compiler estimate from static schedules: nothing was measured on a TPU."
+
+
+def row(done: Compiled, topology: Topology, online: bool = False) -> dict[str, Any]:
+    """What a compiled kernel comes to, as in the JSON."""
+    job, counted = done.job, count(done.job, done.schedule, online)
+    peak_cycles = job.shape.flops / topology.generation.flops_per_cycle
+    of_peak, bound = peak_cycles / counted.total, head_dim_bound(topology, job.shape.head_dim)
+    return {
+        "kernel": job.kernel,
+        "block_q": job.blocks.queries,
+        "block_kv": job.blocks.keys,
+        "cycles_per_tile": round(counted.tile),
+        "cycles_total": round(counted.total),
+        "pct_of_peak": round(100 * of_peak, 2),
+        "pct_of_head_dim_bound": round(100 * of_peak / bound, 2),
+        "limiting_unit": counted.limiting_unit,
+        "limiting_unit_pct": round(100 * counted.utilisation[counted.limiting_unit], 1),
+        "compile_seconds": round(done.seconds, 1),
+        **_details(job, counted),
+    }
+
+
+def _details(job: Job, counted: Count) -> dict[str, Any]:
+    return {
+        "cycles_per_1024_logits": round(counted.tile * 1024 / (job.blocks.queries * job.blocks.keys), 4),
+        "tiles": job.shape.heads * job.query_blocks * job.tiles,
+        "blocks": asdict(job.blocks),
+        "utilisation_pct": {unit: round(100 * share, 1) for unit, share in counted.utilisation.items()},
+        "notes": list(counted.notes),
+    }
+
+
+def compare(done: list[Compiled], topology: Topology, shape: Shape, online: bool = False) -> dict[str, Any]:
+    """The report: our kernel, and JAX's with the tile that is fastest for this shape."""
+    rows = [row(each, topology, online) for each in done if each.schedule]
+    ours = [each for each in rows if each["kernel"] == OURS]
+    peers = sorted((each for each in rows if each["kernel"] == JAX_SPLASH), key=lambda each: each["cycles_total"])
+    best = [*ours, *peers[:1]]
+    return {
+        "rows": best,
+        "ratio_to_jax_splash": _ratio(ours, peers, "cycles_total"),
+        "ratio_per_tile": _ratio(ours, peers, "cycles_per_1024_logits"),
+        "topology": topology.name,
+        "shape": asdict(shape),
+        "dtype": "bfloat16",
+        "softmax": "online" if online else "bounded",
+        "head_dim_bound_pct": round(100 * head_dim_bound(topology, shape.head_dim), 1),
+        "versions": versions(),
+        "basis": ESTIMATE,
+        "jax_splash_candidates": peers,
+        "does_not_fit": [
+            {"kernel": each.job.kernel, "blocks": asdict(each.job.blocks), "reason": each.reason}
+            for each in done
+            if not each.schedule
+        ],
+    }
+
+
+def _ratio(ours: list[dict], peers: list[dict], key: str) -> float | None:
+    return round(peers[0][key] / ours[0][key], 3) if ours and peers else None
+
+
+def versions() -> dict[str, str | None]:
+    """Of what the figures depend on."""
+
+    def installed(package: str) -> str | None:
+        try:
+            return version(package)
+        except PackageNotFoundError:
+            return None
+
+    return {name: installed(name) for name in ("jax", "libtpu")}
+
+
+def render(report: dict[str, Any]) -> str:
+    """The report as text."""
+    shape = report["shape"]
+    lines = [
+        f"{report['topology']}, one chip: {shape['heads']} heads, {shape['queries']} queries × {shape['keys']} keys, "
+        f"head_dim {shape['head_dim']}, {report['dtype']}; jax {report['versions']['jax']}, "
+        f"libtpu {report['versions']['libtpu']}",
+        report["basis"],
+        "",
+        *table([_cells(each) for each in report["rows"]]),
+        "",
+        f"head-dim bound: {report['head_dim_bound_pct']} % of peak",
+    ]
+    for name, what in (("ratio_to_jax_splash", "whole call"), ("ratio_per_tile", "full tile")):
+        if report[name] is not None:
+            lines.append(f"{what}: {report[name]} × JAX splash")
+    lines += [f"{each['kernel']}: {note}" for each in report["rows"] for note in each["notes"]]
+    lines += [f"{each['kernel']} {each['blocks']} does not fit: {each['reason']}" for each in report["does_not_fit"]]
+    return "\n".join(lines)
+
+
+def _cells(each: dict[str, Any]) -> dict[str, str]:
+    return {
+        "kernel": each["kernel"],
+        "tile q × kv": f"{each['block_q']} × {each['block_kv']}",
+        "cycles per tile": f"{each['cycles_per_tile']:,}",
+        "cycles in all": f"{each['cycles_total']:,}",
+        "% of peak": f"{each['pct_of_peak']:.1f}",
+        "% of bound": f"{each['pct_of_head_dim_bound']:.1f}",
+        "fullest unit": f"{each['limiting_unit']} {each['limiting_unit_pct']:.0f} %",
+        "compile": f"{each['compile_seconds']:.0f} s",
+    }
+
+
+def table(rows: list[dict[str, str]]) -> list[str]:
+    """Rows of equal keys as aligned lines, with a head."""
+    if not rows:
+        return ["(nothing fits)"]
+    cells = [list(rows[0]), *(list(each.values()) for each in rows)]
+    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
+    return ["  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip() for line in cells]

@@ -1,0 +1,60 @@
+"""``python -m comfyui_tpu.bench.compile_one``: compile the job on standard input, say how it went on standard output.
+
+A process of its own, because the compiler reads where to write its schedules once, when it is loaded.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import SingleDeviceSharding
+
+from comfyui_tpu.bench.kernels import OURS, Job
+from comfyui_tpu.ops.splash import splash_attention
+from comfyui_tpu.plan.hardware import describe_devices, parse
+
+
+def main() -> None:
+    job = Job.from_json(json.load(sys.stdin))
+    device = describe_devices(parse(job.topology))[0]
+    shape, batch = job.compiled_shape, (1,) if job.kernel == OURS else ()
+    query, key = (
+        jax.ShapeDtypeStruct(
+            (*batch, shape.heads, length, shape.head_dim), jnp.bfloat16, sharding=SingleDeviceSharding(device)
+        )
+        for length in (shape.queries, shape.keys)
+    )
+    call = _ours(job) if job.kernel == OURS else _jax_splash(job)
+    lowered = jax.jit(call).trace(query, key, key).lower(lowering_platforms=("tpu",))
+    start = time.perf_counter()
+    try:
+        lowered.compile()
+    except jax.errors.JaxRuntimeError as error:
+        if "RESOURCE_EXHAUSTED" not in str(error):
+            raise
+        print(json.dumps({"does_not_fit": str(error).strip().splitlines()[0]}))
+    else:
+        print(json.dumps({"compile_seconds": time.perf_counter() - start}))
+
+
+def _ours(job: Job) -> Callable[..., jax.Array]:
+    return lambda query, key, value: splash_attention(query, key, value, blocks=job.blocks)
+
+
+def _jax_splash(job: Job) -> Callable[..., jax.Array]:
+    from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as splash
+    from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as masks
+
+    shape, blocks = job.compiled_shape, job.blocks
+    mask = masks.MultiHeadMask([masks.FullMask((shape.queries, shape.keys)) for _ in range(shape.heads)])
+    sizes = splash.BlockSizes(block_q=blocks.queries, block_kv=blocks.keys, block_kv_compute=blocks.compute)
+    return splash.make_splash_mha(mask, block_sizes=sizes, head_shards=1, q_seq_shards=1)
+
+
+if __name__ == "__main__":
+    main()
