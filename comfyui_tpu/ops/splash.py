@@ -1,35 +1,35 @@
 """Exact full (unmasked, bidirectional) attention for TPUs, as one Pallas kernel.
 
-Everything is computed transposed: Sᵀ = K·Qᵀ and Oᵀ = Vᵀ·Pᵀ, with keys along sublanes and queries along lanes, so that
-the softmax's sums are additions of whole registers and its shifts are rows. Logits are base-2 (the scale and log2 e are
-folded into the query), because the hardware's exponential is.
+Everything is computed transposed: Sᵀ = K·Qᵀ and Oᵀ = Vᵀ·Pᵀ, with keys along sublanes and queries along lanes, so
+that the softmax's sums are additions of whole registers and its shifts are rows. Logits are base-2 (the scale and
+log2 e are folded into the query), because the hardware's exponential is.
 
 **The bounded softmax.** A softmax does not change when a row's logits are shifted by any constant; the usual running
-maximum is only one constant that keeps ``exp2`` in range, and the most expensive. Let c = q·k̄ with the mean key k̄, and
-r = |q|·max|k − k̄|. Cauchy and Schwarz give c − r ≤ q·k ≤ c + r for every key, and the largest logit of a row is at least
-the mean of its logits, which is c. Shift by
+maximum is only one constant that keeps ``exp2`` in range, and the most expensive. Let c = q·k̄ with the mean key k̄,
+and r = |q|·max|k − k̄|. Cauchy and Schwarz give c − r ≤ q·k ≤ c + r for every key, and the largest logit of a row is
+at least the mean of its logits, which is c. Shift by
 
     m = c + max(0, r − H),    H = 64.
 
-* No overflow: q·k − m ≤ r − max(0, r − H) ≤ H, so that a weight is at most 2^64 and a sum over 2^20 keys at most 2^84.
-  Values as large as 2^43 (8.8e12) keep the accumulator below float32's 2^127.
-* No underflow that matters: the largest weight of the row is at least 2^(c − m) = 2^−max(0, r − H) ≥ 2^−64 while r ≤ 2H.
-  A weight 2^−24 of it, below which float32 sums ignore it, is still at least 2^−88, a normal number of both float32 and
-  bfloat16 (which has float32's exponents; its rounding is relative and does not care about the shift).
+* No overflow: q·k − m ≤ r − max(0, r − H) ≤ H, so that a weight is at most 2^64 and a sum over 2^20 keys at most
+  2^84. Values as large as 2^43 (8.8e12) keep the accumulator below float32's 2^127.
+* No underflow that matters: the largest weight of the row is at least 2^(c − m) = 2^−max(0, r − H) ≥ 2^−64 while r ≤
+  2H. A weight 2^−24 of it, below which float32 sums ignore it, is still at least 2^−88, a normal number of both
+  float32 and bfloat16 (which has float32's exponents; its rounding is relative and does not care about the shift).
 
-So a block of queries is safe when r ≤ 128 for all of them. c is computed in float32; its rounding error only moves m,
-and stays below 1 while |c| ≤ 2^14, which is checked as well (the slack above is far larger). Blocks that are not safe,
-including any with a NaN, take the exact online softmax with its running maximum. Queries and keys that went through an
-RMS norm of weight about 1 at head_dim 128 have r ≤ 16.4.
+So a block of queries is safe when r ≤ 128 for all of them. c is computed in float32; its rounding error only moves
+m, and stays below 1 while |c| ≤ 2^14, which is checked as well (the slack above is far larger). Blocks that are not
+safe, including any with a NaN, take the exact online softmax with its running maximum. Queries and keys that went
+through an RMS norm of weight about 1 at head_dim 128 have r ≤ 16.4.
 
-**Shift and ragged lengths cost nothing.** The matrix unit is 256 deep and a head fills at most half of that. So the keys
-get two more columns, which meet two more rows of the queries: ones, which meet −m, and penalties, which meet ones. The
-unit then returns q·k − m. Only keys that fill up the last tile have a penalty, −2^126: it is lower than any logit, their
-weight is exactly 0, and no instruction of the kernel is spent on a mask. Queries beyond the end are computed and never
-written.
+**Shift and ragged lengths cost nothing.** The matrix unit is 256 deep and a head fills at most half of that. So the
+keys get two more columns, which meet two more rows of the queries: ones, which meet −m, and penalties, which meet
+ones. The unit then returns q·k − m. Only keys that fill up the last tile have a penalty, −2^126: it is lower than
+any logit, their weight is exactly 0, and no instruction of the kernel is spent on a mask. Queries beyond the end are
+computed and never written.
 
-**Schedule.** A grid step is a block of queries of one head; its loop takes the keys tile by tile and copies the tiles from
-HBM itself while the one before is at work.
+**Schedule.** A grid step is a block of queries of one head; its loop takes the keys tile by tile and copies the
+tiles from HBM itself while the one before is at work.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from comfyui_tpu.ops.splash_blocks import Blocks, fit, generation_of
+from comfyui_tpu.ops.splash_blocks import Blocks, fit, generation_of, padded_head_dim
 
 LOG2_E = math.log2(math.e)
 HEADROOM = 64.0  # H above, in powers of two
@@ -95,7 +95,7 @@ def splash_attention(
         mean = jnp.mean(key, axis=2, keepdims=True, dtype=jnp.float32)
     # The largest distance of a key from the mean key, per head.
     radius = jnp.sqrt(jnp.max(jnp.sum((key - mean) ** 2, axis=-1), axis=-1))
-    padded = _padded_head_dim(width)
+    padded = padded_head_dim(width)
     q, k, v = (_flat(x, padded) for x in (query, key, value))
     mean = jnp.pad(mean.reshape(batch * heads, width, 1), ((0, 0), (0, padded - width), (0, 0)))
     generation = generation_of(device_kind or jax.devices()[0].device_kind)
@@ -121,11 +121,6 @@ def _check(query: jax.Array, key: jax.Array, value: jax.Array) -> None:
             "splash_attention expects query, key and value all bfloat16 or all float32; "
             f"got {query.dtype}, {key.dtype} and {value.dtype}"
         )
-
-
-def _padded_head_dim(width: int) -> int:
-    """64, or the next multiple of 128 lanes: zeros change no logit and are cut off the values."""
-    return 64 if width <= 64 else -(-width // 128) * 128
 
 
 def _flat(x: jax.Array, width: int) -> jax.Array:
@@ -194,8 +189,8 @@ def _kernel(radius, mean, q, k_hbm, v_hbm, out, lse, *, k, v, copied, blocks, ro
     """All keys for ``blocks.queries`` queries of a head.
 
     Scratch: ``k``, ``v`` the tile at work and the next; ``qt`` ``[D', queries]`` the extended queries; ``acc``
-    ``[D, queries]`` and ``total`` ``[8, queries]`` the sums of weighted values and of weights (eight partial sums, one a
-    sublane); ``shift`` ``[1, queries]``; ``safe`` whether the bounded softmax may be used.
+    ``[D, queries]`` and ``total`` ``[8, queries]`` the sums of weighted values and of weights (eight partial sums, one
+    a sublane); ``shift`` ``[1, queries]``; ``safe`` whether the bounded softmax may be used.
     """
     head, block = pl.program_id(0), pl.program_id(1)
 
@@ -236,7 +231,7 @@ def _kernel(radius, mean, q, k_hbm, v_hbm, out, lse, *, k, v, copied, blocks, ro
 
 
 def _slot(tile, tiles: int):
-    """Which of the buffers holds a tile. (Not ``%``: its sign handling asks for the device, which lowering may lack.)"""
+    """Which buffer holds a tile. (Not ``%``: its sign handling asks for the device, which lowering may lack.)"""
     return 0 if tiles == 1 else jax.lax.rem(tile, 2)
 
 

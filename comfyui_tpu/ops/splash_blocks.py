@@ -1,7 +1,8 @@
 """Tile sizes of the attention kernel: a table per TPU generation, fitted to the lengths at hand.
 
-The table comes from ``python -m comfyui_tpu.bench tune``, which compiles candidates with the TPU compiler and ranks them by
-their static cycles (a compiler estimate; jax 0.10.2, libtpu 0.0.42.1). docs/attention.md tells how to read them.
+The table comes from ``python -m comfyui_tpu.bench tune``, which compiles candidates with the TPU compiler and ranks
+them by their static cycles (a compiler estimate; jax 0.10.2, libtpu 0.0.42.1). docs/attention.md tells how to read
+them.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ class Blocks:
         slice: keys that one part of the pipeline handles.
         ahead: how many parts the logits run ahead of their exponentials.
         behind: how many parts the values follow behind them.
-        vmem_mib: the scoped VMEM the kernel asks for; the compiler's default (32 MiB on v6e, 16 MiB elsewhere) when None.
+        vmem_mib: the scoped VMEM the kernel asks for; the compiler's default when None (32 MiB on v6e).
     """
 
     queries: int
@@ -73,8 +74,8 @@ class Limits:
     part_cycles: float
 
 
-# On the 256-wide matrix units of v6e and v7x, parts of 256 × 256 hide the loading of weights behind streaming keys where
-# a head is 64 deep; at 128 that loading costs nothing, and whole rows of queries change operands least often.
+# On the 256-wide matrix units of v6e and v7x, parts of 256 × 256 hide the loading of weights behind streaming keys
+# where a head is 64 deep; at 128 that loading costs nothing, and whole rows of queries change operands least often.
 _WIDE = {
     64: Limits(3072, 3072, 10 * 2**20, 256, (256,), 4, 2, 256, 1.25, 6),
     128: Limits(3072, 4608, 11 * 2**20, None, (512, 256), 1, 1, 256, 1.5, 100),
@@ -104,13 +105,31 @@ def fit(generation: str, queries: int, keys: int, head_dim: int, itemsize: int =
         head_dim: after padding: 64 or a multiple of 128. Beyond 256 the kernel is not offered.
         itemsize: bytes of an element; 4-byte elements take half the queries.
     """
+    limits = _limits(generation, head_dim, itemsize)
+    return min(_candidates(limits), key=lambda blocks: (_cycles(blocks, limits, queries, keys), -blocks.queries))
+
+
+def estimated_cycles(generation: str, heads: int, queries: int, keys: int, head_dim: int) -> float:
+    """A call's cycles with the tiles of :func:`fit`, by the table's model of them (bfloat16, bounded softmax).
+
+    The model follows the bundle counts of ``python -m comfyui_tpu.bench attention`` (docs/attention.md says how well).
+    """
+    head_dim = padded_head_dim(head_dim)
+    blocks = fit(generation, queries, keys, head_dim)
+    return heads * _cycles(blocks, _limits(generation, head_dim, 2), queries, keys)
+
+
+def padded_head_dim(width: int) -> int:
+    """64, or the next multiple of 128 lanes: zeros change no logit and are cut off the values."""
+    return 64 if width <= 64 else -(-width // 128) * 128
+
+
+def _limits(generation: str, head_dim: int, itemsize: int) -> Limits:
     rows = TABLE.get(generation, TABLE[SAFE])
     if head_dim > max(rows):
         raise ValueError(f"the attention kernel is made for head_dim up to {max(rows)}; got {head_dim}")
     limits = rows[next(width for width in sorted(rows) if head_dim <= width)]
-    if itemsize > 2:
-        limits = replace(limits, queries=limits.queries // 2, area=limits.area // 2)
-    return min(_candidates(limits), key=lambda blocks: (_cycles(blocks, limits, queries, keys), -blocks.queries))
+    return replace(limits, queries=limits.queries // 2, area=limits.area // 2) if itemsize > 2 else limits
 
 
 def _candidates(limits: Limits) -> Iterator[Blocks]:

@@ -1,4 +1,4 @@
-"""The attention kernel in Pallas' interpreter, against float64 softmax attention (bounds: shared/design/numerics.md)."""
+"""The attention kernel in Pallas' interpreter, against float64 softmax attention (bounds: numerics.md)."""
 
 import functools
 
@@ -65,7 +65,7 @@ def test_a_key_beyond_the_end_has_weight_zero():
 
 
 def test_queries_beyond_the_end_do_not_decide_for_the_others(monkeypatch):
-    """The interpreter fills what lies beyond the end with NaN; the last block must take the bounded path all the same."""
+    """The interpreter fills what lies beyond the end with NaN; the last block must stay on the bounded path."""
     monkeypatch.setattr(splash._Work, "_online", lambda self, slot: None)
     check(problem(300, 300), blocks=SMALL)
 
@@ -133,7 +133,7 @@ def test_not_a_number_stays_in_its_row_and_head():
 def test_log_sum_exp_merges_parts_of_the_keys(factor):
     q, k, v = problem(150, 700, heads=1)
     q = q * factor
-    out, lse = kernel(q, k, v, blocks=SMALL, return_lse=True)
+    _, lse = kernel(q, k, v, blocks=SMALL, return_lse=True)
     expected, expected_lse = reference(q, k, v)
     np.testing.assert_allclose(lse, expected_lse, rtol=1e-5, atol=1e-4)
     parts = [
@@ -174,7 +174,7 @@ def test_smoothing_helps_bfloat16_keys_with_a_large_mean():
     ids=["heads", "head_dim", "no keys", "three axes"],
 )
 def test_shapes_that_do_not_fit_are_named(shapes):
-    with pytest.raises(ValueError, match="expects query .* got"):
+    with pytest.raises(ValueError, match=r"expects query .* got"):
         kernel(*(jnp.zeros(shape) for shape in shapes))
 
 
