@@ -83,9 +83,9 @@ _WIDE = {
 }
 # v4, v5e and v5p: 128-wide units and 16 MiB of scoped VMEM.
 _NARROW = {
-    64: Limits(1536, 2048, 3 * 2**20, 512, (512, 256), 1, 1, 512, 4, 100),
-    128: Limits(1024, 2048, 2 * 2**20, None, (512, 256), 1, 1, 128, 4, 100),
-    256: Limits(512, 1024, 2**19, None, (256,), 1, 1, 128, 8, 100),
+    64: Limits(1536, 2048, 3 * 2**20, 512, (512, 256), 1, 1, 512, 2.6, 60),
+    128: Limits(1024, 2048, 2 * 2**20, None, (512, 256), 1, 1, 128, 5.3, 100),
+    256: Limits(512, 1024, 2**19, None, (256,), 1, 1, 128, 10.5, 100),
 }
 TABLE = {"v4": _NARROW, "v5e": _NARROW, "v5p": _NARROW, "v6e": _WIDE, "v7x": _WIDE}
 SAFE = "v5e"  # for a generation that the table lacks: fits everywhere

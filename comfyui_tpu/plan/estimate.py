@@ -30,6 +30,7 @@ import comfyui_tpu
 from comfyui_tpu.models.common import Task
 from comfyui_tpu.plan import costs, flops, hlo
 from comfyui_tpu.plan.hardware import Topology, describe_devices
+from comfyui_tpu.plan.kernels import OurKernels
 from comfyui_tpu.plan.rehearsal import Call, open_model, rehearse
 from comfyui_tpu.runtime import compile_cache
 
@@ -116,7 +117,7 @@ def estimate(
     *,
     wanted: list[int] | None = None,
     effort: str = AUTO,
-    kernel_cycles: costs.KernelCycles = costs.no_kernels,
+    kernel_cycles: costs.KernelCycles | None = None,
     use_cache: bool = True,
     workers: int | None = None,
     report: Callable[[str], None] = lambda text: None,
@@ -128,7 +129,7 @@ def estimate(
         wanted: indices of the calls to estimate; all when None.
         effort: one of :data:`EFFORTS` for all programs, or :data:`AUTO`.
         kernel_cycles: cycles of Pallas kernels, see :func:`costs.read`; a module's function or a ``KernelTable`` (it
-            goes to other processes).
+            goes to other processes). Ours are known when None.
         use_cache: take what an earlier run of the same code and versions learnt.
         workers: processes that compile; as many as there are processors when None. 1 compiles in this process.
         report: called with one line as each program is done.
@@ -137,6 +138,7 @@ def estimate(
         One estimate for each call that was wanted, in their order. Once a program does not fit, those not yet compiled
         are left out.
     """
+    kernel_cycles = kernel_cycles or OurKernels(job.topology.generation.name)
     efforts = [_effort(call, effort) for call in calls]
     paths = [_cache_path(call, job.topology, each, kernel_cycles) for call, each in zip(calls, efforts, strict=True)]
     indices = range(len(calls)) if wanted is None else wanted
