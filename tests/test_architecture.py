@@ -86,7 +86,7 @@ def test_the_benchmarks_are_above_what_they_measure(path):
 
 @pytest.mark.parametrize("path", files("bench"), ids=name)
 def test_the_benchmarks_know_operators_and_hardware_and_no_model(path):
-    allowed = ("bench", "ops", "plan.bundles", "plan.hardware", "runtime.errors")
+    allowed = ("bench", "ops", "plan.bundles", "plan.costs", "plan.hardware", "plan.hlo", "runtime.errors")
     ours = {i.removeprefix("comfyui_tpu.") for i in imports(path) if i.startswith("comfyui_tpu.")}
     assert {i for i in ours if not i.startswith(allowed)} <= {"plan"}
 

@@ -29,6 +29,7 @@ def row(done: Compiled, topology: Topology, online: bool = False) -> dict[str, A
         "limiting_unit": counted.limiting_unit,
         "limiting_unit_pct": round(100 * counted.utilisation[counted.limiting_unit], 1),
         "compile_seconds": round(done.seconds, 1),
+        "cycles_around_kernel": round(done.cycles_around),
         **_details(job, counted),
     }
 
@@ -101,6 +102,9 @@ def render(report: dict[str, Any]) -> str:
     for name, what in (("ratio_to_jax_splash", "whole call"), ("ratio_per_tile", "full tile")):
         if report[name] is not None:
             lines.append(f"{what}: {report[name]} × JAX splash")
+    for each in report["rows"]:
+        share = each["cycles_around_kernel"] / each["cycles_total"]
+        lines.append(f"{each['kernel']}: XLA's operations around the kernel come on top, {100 * share:.1f} % of it")
     lines += [f"{each['kernel']}: {note}" for each in report["rows"] for note in each["notes"]]
     lines += [f"{each['kernel']} {each['blocks']} does not fit: {each['reason']}" for each in report["does_not_fit"]]
     return "\n".join(lines)

@@ -16,12 +16,14 @@ from jax.sharding import SingleDeviceSharding
 
 from comfyui_tpu.bench.kernels import OURS, Job
 from comfyui_tpu.ops.splash import splash_attention
+from comfyui_tpu.plan import costs, hlo
 from comfyui_tpu.plan.hardware import describe_devices, parse
 
 
 def main() -> None:
     job = Job.from_json(json.load(sys.stdin))
-    device = describe_devices(parse(job.topology))[0]
+    topology = parse(job.topology)
+    device = describe_devices(topology)[0]
     shape, batch = job.compiled_shape, (1,) if job.kernel == OURS else ()
     query, key = (
         jax.ShapeDtypeStruct(
@@ -33,13 +35,15 @@ def main() -> None:
     lowered = jax.jit(call).trace(query, key, key).lower(lowering_platforms=("tpu",))
     start = time.perf_counter()
     try:
-        lowered.compile()
+        compiled = lowered.compile()
     except jax.errors.JaxRuntimeError as error:
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise
         print(json.dumps({"does_not_fit": str(error).strip().splitlines()[0]}))
     else:
-        print(json.dumps({"compile_seconds": time.perf_counter() - start}))
+        seconds = time.perf_counter() - start
+        around = costs.read(hlo.parse(compiled.as_text()), topology, kernel_cycles=lambda _: 0.0).cycles
+        print(json.dumps({"compile_seconds": seconds, "cycles_around": around}))
 
 
 def _ours(job: Job) -> Callable[..., jax.Array]:

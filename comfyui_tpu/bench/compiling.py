@@ -27,12 +27,14 @@ class Compiled:
 
     Attributes:
         schedule: None where the tiles do not fit into the vector memory; ``reason`` then says so.
-        seconds: the compiler's time for the whole program around the kernel.
+        seconds: the compiler's time, for the program around the kernel as well.
+        cycles_around: of the operations around the kernel (padding, means, norms), as XLA estimates them.
     """
 
     job: Job
     schedule: Schedule | None
     seconds: float = 0.0
+    cycles_around: float = 0.0
     reason: str = ""
 
 
@@ -60,7 +62,7 @@ def compile_one(job: Job) -> Compiled:
         done = subprocess.run(
             [sys.executable, "-m", "comfyui_tpu.bench.compile_one"],
             input=json.dumps(job.to_json()),
-            env=_environment(folder),
+            env=environment(folder),
             capture_output=True,
             text=True,
             timeout=LONGEST_SECONDS,
@@ -70,10 +72,12 @@ def compile_one(job: Job) -> Compiled:
         outcome = json.loads(done.stdout.splitlines()[-1])
         if "does_not_fit" in outcome:
             return Compiled(job, None, reason=outcome["does_not_fit"])
-        return Compiled(job, read(folder, KERNEL_NAMES[job.kernel]), outcome["compile_seconds"])
+        return Compiled(
+            job, read(folder, KERNEL_NAMES[job.kernel]), outcome["compile_seconds"], outcome["cycles_around"]
+        )
 
 
-def _environment(folder: str) -> dict[str, str]:
+def environment(folder: str) -> dict[str, str]:
     """No TPU is looked for, several compilers may run at once, and the compiler writes its schedules to ``folder``."""
     return {
         "TPU_SKIP_MDS_QUERY": "1",

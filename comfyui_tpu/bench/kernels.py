@@ -153,6 +153,9 @@ def _count_ours(job: Job, schedule: Schedule, online: bool) -> Count:
     over_tiles = [loop for loop in schedule.inside(grid) if bounded in loop]
     if len(over_tiles) != (job.tiles > 1):
         raise BundleError(f"expected {int(job.tiles > 1)} loop over {job.tiles} tiles, found {len(over_tiles)}")
+    for loop in over_tiles:
+        if loop.trips not in (None, job.tiles):
+            raise BundleError(f"expected {job.tiles} tiles, the loop over them runs {loop.trips} times")
     steps = job.shape.heads * job.query_blocks
     known = {grid: steps} | dict.fromkeys(over_tiles, job.tiles)
     weights, notes = _weights(schedule, known, {other: 0.0} | _first_copies(job, schedule, step, bounded))

@@ -142,13 +142,18 @@ def parse(text: str, table: str) -> Schedule:
     Raises:
         BundleError: they are malformed or of different kernels.
     """
-    starts = [match.start() for match in _BUNDLE.finditer(text)]
-    bundles = tuple(text[start:stop] for start, stop in zip(starts, [*starts[1:], len(text)], strict=True))
+    bundles = split(text)
     units, capacity, used = _used_units(table)
     if not bundles or len(bundles) != len(used):
         raise BundleError(f"expected as many bundles as rows of used units, got {len(bundles)} and {len(used)}")
     loops, branches = _jumps(bundles)
     return Schedule(bundles, loops, branches, units, capacity, used)
+
+
+def split(text: str) -> tuple[str, ...]:
+    """The texts of the bundles, some of which have several lines."""
+    starts = [match.start() for match in _BUNDLE.finditer(text)]
+    return tuple(text[start:stop] for start, stop in zip(starts, [*starts[1:], len(text)], strict=True))
 
 
 def _used_units(table: str) -> tuple[tuple[str, ...], np.ndarray, np.ndarray]:
