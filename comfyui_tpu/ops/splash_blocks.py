@@ -77,7 +77,7 @@ class Limits:
 # On the 256-wide matrix units of v6e and v7x, parts of 256 × 256 hide the loading of weights behind streaming keys
 # where a head is 64 deep; at 128 that loading costs nothing, and whole rows of queries change operands least often.
 _WIDE = {
-    64: Limits(3072, 3072, 10 * 2**20, 256, (256,), 4, 2, 256, 1.25, 6),
+    64: Limits(3072, 3072, 5 * 2**20, 256, (256,), 4, 2, 256, 1.25, 6),
     128: Limits(3072, 4608, 11 * 2**20, None, (512, 256), 1, 1, 256, 1.5, 100),
     256: Limits(1536, 2048, 4 * 2**20, None, (512, 256), 1, 1, 256, 2.5, 100),
 }
