@@ -6,6 +6,7 @@ A process of its own, because the compiler reads where to write its schedules on
 from __future__ import annotations
 
 import json
+import re
 import sys
 import time
 from collections.abc import Callable
@@ -39,11 +40,17 @@ def main() -> None:
     except jax.errors.JaxRuntimeError as error:
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise
-        print(json.dumps({"does_not_fit": str(error).strip().splitlines()[0]}))
+        print(json.dumps({"does_not_fit": _why(str(error))}))
     else:
         seconds = time.perf_counter() - start
         around = costs.read(hlo.parse(compiled.as_text()), topology, kernel_cycles=lambda _: 0.0).cycles
         print(json.dumps({"compile_seconds": seconds, "cycles_around": around}))
+
+
+def _why(message: str) -> str:
+    """How much vector memory is missing, or the first line."""
+    found = re.search(r"Scoped allocation with size \S+ and limit \S+|Used \S+ of \S+ vmem", message)
+    return found.group() if found else message.strip().splitlines()[0]
 
 
 def _ours(job: Job) -> Callable[..., jax.Array]:

@@ -14,7 +14,7 @@ from comfyui_tpu.plan.hardware import Topology
 
 OURS, JAX_SPLASH = "ours", "jax_splash"
 KERNEL_NAMES = {OURS: "splash_attention", JAX_SPLASH: "splash_mha_fwd_no_residuals"}
-EXPONENTIAL, MAXIMUM = "vpow2", "= vmax."
+EXPONENTIAL, MAXIMUM, CORE = "vpow2", "= vmax.", "/* core id */"
 
 
 @dataclass(frozen=True)
@@ -148,6 +148,7 @@ def count(job: Job, schedule: Schedule, online: bool = False) -> Count:
 
 def _count_ours(job: Job, schedule: Schedule, online: bool) -> Count:
     grid, step = _grid(schedule)
+    steps = _steps(job, schedule, grid, job.query_blocks)
     bounded, fallback = _softmaxes(schedule, step)
     taken, other = (fallback, bounded) if online else (bounded, fallback)
     over_tiles = [loop for loop in schedule.inside(grid) if bounded in loop]
@@ -156,7 +157,6 @@ def _count_ours(job: Job, schedule: Schedule, online: bool) -> Count:
     for loop in over_tiles:
         if loop.trips not in (None, job.tiles):
             raise BundleError(f"expected {job.tiles} tiles, the loop over them runs {loop.trips} times")
-    steps = job.shape.heads * job.query_blocks
     known = {grid: steps} | dict.fromkeys(over_tiles, job.tiles)
     weights, notes = _weights(schedule, known, {other: 0.0} | _first_copies(job, schedule, step, bounded))
     tile = weights[over_tiles[0].slice].sum() / job.tiles if over_tiles else weights[taken.slice].sum()
@@ -172,7 +172,7 @@ def _count_splash(job: Job, schedule: Schedule) -> Count:
     inner = [branch for branch in schedule.branches if branch in step and branch != step]
     main = max((branch for branch in inner if schedule.holds(branch, EXPONENTIAL)), key=len, default=step)
     ends = _first_and_last(inner, main) if job.tiles > 1 else ()
-    steps = job.shape.heads * job.query_blocks * job.tiles
+    steps = _steps(job, schedule, grid, job.query_blocks * job.tiles)
     weights, notes = _weights(schedule, {grid: steps}, dict.fromkeys(ends, 1 / job.tiles))
     tile = weights[grid.slice].sum() - sum(weights[end.slice].sum() for end in ends)
     shape = job.compiled_shape
@@ -207,6 +207,16 @@ def _grid(schedule: Schedule) -> tuple[Loop, Span]:
     within = [branch for branch in schedule.branches if branch in grid and schedule.holds(branch, EXPONENTIAL)]
     step = max(within, key=len, default=grid)
     return grid, step
+
+
+def _steps(job: Job, schedule: Schedule, grid: Loop, of_a_head: int) -> int:
+    """Steps of the grid that one core takes: where a device has two, the compiler gives each half of the heads."""
+    cores = 2 if CORE in schedule.bundles[0] else 1
+    steps = math.ceil(job.shape.heads / cores) * of_a_head
+    # Moving blocks in and out takes up to two more turns.
+    if grid.trips is not None and not 0 <= grid.trips - steps <= 2:
+        raise BundleError(f"expected {steps} steps of the grid, its loop runs {grid.trips} times")
+    return steps
 
 
 def _softmaxes(schedule: Schedule, step: Span) -> tuple[Span, Span]:

@@ -98,6 +98,20 @@ def test_a_loop_over_another_number_of_tiles_is_refused():
         count(TILED, ours(Made(), tiles=4))
 
 
+def test_two_cores_share_the_heads():
+    made = ours(Made(), tiles=3)
+    first = made.bundles[0].replace("%1 = vst", "%1 = sld [smem:0] /* core id */")
+    one, two = (count(TILED, dataclasses.replace(made, bundles=(top, *made.bundles[1:]))) for top in ("", first))
+    assert (two.total - 2) / (one.total - 2) == 2 / 3  # of three heads
+    assert two.tile == one.tile
+
+
+def test_a_grid_of_other_steps_is_refused():
+    other = dataclasses.replace(JOBS[OURS], shape=dataclasses.replace(JOBS[OURS].shape, heads=4))
+    with pytest.raises(BundleError, match="expected 8 steps of the grid, its loop runs 6 times"):
+        count(other, read(DUMPS, KERNEL_NAMES[OURS]))
+
+
 def test_a_schedule_without_a_bounded_softmax_is_refused():
     made = Made()
     body = made.branch(made.plain(10, f"{EXP} ;; {MAX}"))
