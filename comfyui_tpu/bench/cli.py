@@ -23,7 +23,7 @@ def main(arguments: list[str] | None = None) -> int:
     options = _parser().parse_args(arguments)
     try:
         return options.run(options)
-    except (BenchError, BundleError, PlanError, ValueError) as error:
+    except (BenchError, BundleError, PlanError) as error:
         print(f"error: {error}", file=sys.stderr)
         return FAILED
 

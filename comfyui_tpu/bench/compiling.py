@@ -10,6 +10,7 @@ import tempfile
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from typing import Any
 
 from comfyui_tpu.bench.kernels import KERNEL_NAMES, Job
 from comfyui_tpu.plan.bundles import DUMP_FLAGS, Schedule, read
@@ -59,6 +60,16 @@ def compile_one(job: Job) -> Compiled:
         BundleError: it wrote something else than expected.
     """
     with tempfile.TemporaryDirectory(prefix="comfyui-tpu-bench-", ignore_cleanup_errors=True) as folder:
+        outcome = _outcome(job, folder)
+        if "does_not_fit" in outcome:
+            return Compiled(job, None, reason=outcome["does_not_fit"])
+        return Compiled(
+            job, read(folder, KERNEL_NAMES[job.kernel]), outcome["compile_seconds"], outcome["cycles_around"]
+        )
+
+
+def _outcome(job: Job, folder: str) -> dict[str, Any]:
+    try:
         done = subprocess.run(
             [sys.executable, "-m", "comfyui_tpu.bench.compile_one"],
             input=json.dumps(job.to_json()),
@@ -67,14 +78,11 @@ def compile_one(job: Job) -> Compiled:
             text=True,
             timeout=LONGEST_SECONDS,
         )
-        if done.returncode:
-            raise BenchError(f"compiling {job.kernel} with {job.blocks} failed: {_last_line(done.stderr)}")
-        outcome = json.loads(done.stdout.splitlines()[-1])
-        if "does_not_fit" in outcome:
-            return Compiled(job, None, reason=outcome["does_not_fit"])
-        return Compiled(
-            job, read(folder, KERNEL_NAMES[job.kernel]), outcome["compile_seconds"], outcome["cycles_around"]
-        )
+    except subprocess.TimeoutExpired as error:
+        raise BenchError(f"compiling {job.kernel} with {job.blocks} took more than {LONGEST_SECONDS} s") from error
+    if done.returncode:
+        raise BenchError(f"compiling {job.kernel} with {job.blocks} failed: {_last_line(done.stderr)}")
+    return json.loads(done.stdout.splitlines()[-1])
 
 
 def environment(folder: str) -> dict[str, str]:

@@ -11,6 +11,7 @@ import numpy as np
 from comfyui_tpu.ops.splash_blocks import Blocks, fit
 from comfyui_tpu.plan.bundles import BundleError, Loop, Schedule, Span
 from comfyui_tpu.plan.hardware import Topology
+from comfyui_tpu.runtime.errors import PlanError
 
 OURS, JAX_SPLASH = "ours", "jax_splash"
 KERNEL_NAMES = {OURS: "splash_attention", JAX_SPLASH: "splash_mha_fwd_no_residuals"}
@@ -100,9 +101,16 @@ class Count:
 
 
 def our_blocks(topology: Topology, shape: Shape) -> Blocks:
-    """The tile that production takes for a shape."""
+    """The tile that production takes for a shape.
+
+    Raises:
+        PlanError: the kernel is not made for this head_dim.
+    """
     width = 64 if shape.head_dim <= 64 else math.ceil(shape.head_dim / 128) * 128
-    return fit(topology.generation.name, shape.queries, shape.keys, width, 2)
+    try:
+        return fit(topology.generation.name, shape.queries, shape.keys, width, 2)
+    except ValueError as error:
+        raise PlanError(str(error)) from error
 
 
 def splash_candidates(shape: Shape) -> list[SplashBlocks]:
@@ -147,9 +155,8 @@ def count(job: Job, schedule: Schedule, online: bool = False) -> Count:
 
 
 def _count_ours(job: Job, schedule: Schedule, online: bool) -> Count:
-    grid, step = _grid(schedule)
-    steps = _steps(job, schedule, grid, job.query_blocks)
-    bounded, fallback = _softmaxes(schedule, step)
+    grid, steps = _grid(schedule, job, job.query_blocks)
+    bounded, fallback = _softmaxes(schedule, grid)
     taken, other = (fallback, bounded) if online else (bounded, fallback)
     over_tiles = [loop for loop in schedule.inside(grid) if bounded in loop]
     if len(over_tiles) != (job.tiles > 1):
@@ -158,7 +165,7 @@ def _count_ours(job: Job, schedule: Schedule, online: bool) -> Count:
         if loop.trips not in (None, job.tiles):
             raise BundleError(f"expected {job.tiles} tiles, the loop over them runs {loop.trips} times")
     known = {grid: steps} | dict.fromkeys(over_tiles, job.tiles)
-    weights, notes = _weights(schedule, known, {other: 0.0} | _first_copies(job, schedule, step, bounded))
+    weights, notes = _weights(schedule, known, {other: 0.0} | _first_copies(job, schedule, grid, bounded))
     tile = weights[over_tiles[0].slice].sum() / job.tiles if over_tiles else weights[taken.slice].sum()
     notes.append(f"the {'bounded' if online else 'online'} softmax, which the same program also holds, is not counted")
     in_vmem = [name for name in schedule.operands("vmem") if name.count(",") == 2 and "bf16" in name]
@@ -168,21 +175,20 @@ def _count_ours(job: Job, schedule: Schedule, online: bool) -> Count:
 
 
 def _count_splash(job: Job, schedule: Schedule) -> Count:
-    grid, step = _grid(schedule)
-    inner = [branch for branch in schedule.branches if branch in step and branch != step]
-    main = max((branch for branch in inner if schedule.holds(branch, EXPONENTIAL)), key=len, default=step)
-    ends = _first_and_last(inner, main) if job.tiles > 1 else ()
-    steps = _steps(job, schedule, grid, job.query_blocks * job.tiles)
+    grid, steps = _grid(schedule, job, job.query_blocks * job.tiles)
+    main = min(_with_exponentials(schedule, grid), key=len, default=grid)
+    ends = _first_and_last(schedule, grid, main) if job.tiles > 1 else ()
     weights, notes = _weights(schedule, {grid: steps}, dict.fromkeys(ends, 1 / job.tiles))
-    tile = weights[grid.slice].sum() - sum(weights[end.slice].sum() for end in ends)
+    tile = weights[(grid if ends else main).slice].sum() - sum(weights[end.slice].sum() for end in ends)
     shape = job.compiled_shape
     if (shape.queries, shape.keys) != (job.shape.queries, job.shape.keys):
         notes.append(f"padded to {shape.queries} × {shape.keys}; the mask that needs is not counted")
     return _counted(schedule, weights, tile / steps, main, notes)
 
 
-def _first_and_last(branches: list[Span], main: Span) -> tuple[Span, Span]:
+def _first_and_last(schedule: Schedule, grid: Loop, main: Span) -> tuple[Span, Span]:
     """Where JAX's kernel starts a block of queries and where it ends one, around what it does for every tile."""
+    branches = [branch for branch in schedule.branches if branch in grid]
     before = [branch for branch in branches if branch.stop <= main.start]
     after = [branch for branch in branches if branch.start >= main.stop]
     if not before or not after:
@@ -199,45 +205,45 @@ def _counted(schedule: Schedule, weights: np.ndarray, tile: float, main: Span, n
     return Count(float(weights.sum()), float(tile), limiting, utilisation, tuple(notes))
 
 
-def _grid(schedule: Schedule) -> tuple[Loop, Span]:
-    """The loop over the grid, and the part of it that runs for a step (its rest moves blocks in and out)."""
+def _grid(schedule: Schedule, job: Job, of_a_head: int) -> tuple[Loop, int]:
+    """The loop over the grid and the steps of one core: where a device has two, each is given half of the heads."""
+    cores = 2 if CORE in schedule.bundles[0] else 1
+    steps = math.ceil(job.shape.heads / cores) * of_a_head
+    if steps == 1:
+        return Loop(0, len(schedule.bundles), 1), steps  # the compiler makes no loop of it
     grid = max(schedule.loops, key=len, default=None)
     if grid is None or not schedule.holds(grid, EXPONENTIAL):
         raise BundleError("expected a loop over the grid with exponentials in it")
-    within = [branch for branch in schedule.branches if branch in grid and schedule.holds(branch, EXPONENTIAL)]
-    step = max(within, key=len, default=grid)
-    return grid, step
-
-
-def _steps(job: Job, schedule: Schedule, grid: Loop, of_a_head: int) -> int:
-    """Steps of the grid that one core takes: where a device has two, the compiler gives each half of the heads."""
-    cores = 2 if CORE in schedule.bundles[0] else 1
-    steps = math.ceil(job.shape.heads / cores) * of_a_head
     # Moving blocks in and out takes up to two more turns.
     if grid.trips is not None and not 0 <= grid.trips - steps <= 2:
         raise BundleError(f"expected {steps} steps of the grid, its loop runs {grid.trips} times")
-    return steps
+    return grid, steps
 
 
-def _softmaxes(schedule: Schedule, step: Span) -> tuple[Span, Span]:
+def _with_exponentials(schedule: Schedule, grid: Loop) -> list[Span]:
+    """Branches in the loop over the grid; one may hold all that is done for a step."""
+    return [branch for branch in schedule.branches if branch in grid and schedule.holds(branch, EXPONENTIAL)]
+
+
+def _softmaxes(schedule: Schedule, grid: Loop) -> tuple[Span, Span]:
     """Our kernel's two branches: the bounded softmax, and the online one, which takes maxima."""
-    inner = [branch for branch in schedule.branches if branch in step and branch != step]
-    with_exponentials = [branch for branch in inner if schedule.holds(branch, EXPONENTIAL)]
-    bounded = [branch for branch in with_exponentials if not schedule.holds(branch, MAXIMUM)]
-    online = [branch for branch in with_exponentials if schedule.holds(branch, MAXIMUM)]
-    if not bounded or not online:
+    branches = _with_exponentials(schedule, grid)
+    bounded = [branch for branch in branches if not schedule.holds(branch, MAXIMUM)]
+    others = [branch for branch in branches if not any(each in branch for each in bounded)]
+    online = [branch for branch in others if not any(each in branch for each in others if each != branch)]
+    if len(bounded) != 1 or len(online) != 1:
         raise BundleError(
             f"expected a bounded and an online softmax in our kernel, found {len(bounded)} and {len(online)}"
         )
-    return max(bounded, key=len), max(online, key=len)
+    return bounded[0], online[0]
 
 
-def _first_copies(job: Job, schedule: Schedule, step: Span, bounded: Span) -> dict[Span, float]:
+def _first_copies(job: Job, schedule: Schedule, grid: Loop, bounded: Span) -> dict[Span, float]:
     """A head's first tile is asked for by its first block of queries alone."""
     found = [
         branch
         for branch in schedule.branches
-        if branch in step and branch != step and branch.stop <= bounded.start and schedule.inside(branch)
+        if branch in grid and branch.stop <= bounded.start and schedule.inside(branch)
     ]
     return dict.fromkeys(found[:1], 1 / job.query_blocks)
 

@@ -106,6 +106,13 @@ def test_two_cores_share_the_heads():
     assert two.tile == one.tile
 
 
+def test_a_grid_of_one_step_has_no_loop():
+    made = Made()
+    job = dataclasses.replace(ONE_TILE, shape=Shape(heads=1, queries=500, keys=1500, head_dim=64))
+    counted = count(job, made.schedule(made.plain(2) + softmaxes(made)))
+    assert (counted.tile, counted.total) == (BOUNDED, 2 + TWO_SOFTMAXES + BOUNDED)
+
+
 def test_a_grid_of_other_steps_is_refused():
     other = dataclasses.replace(JOBS[OURS], shape=dataclasses.replace(JOBS[OURS].shape, heads=4))
     with pytest.raises(BundleError, match="expected 8 steps of the grid, its loop runs 6 times"):
