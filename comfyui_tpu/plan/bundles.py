@@ -168,10 +168,12 @@ def _used_units(table: str) -> tuple[tuple[str, ...], np.ndarray, np.ndarray]:
 
 def _jumps(bundles: tuple[str, ...]) -> tuple[tuple[Loop, ...], tuple[Span, ...]]:
     targets = {int(region): at for at, text in enumerate(bundles) for region in _REGION.findall(text)}
+    # The way out of the kernel, for a core that has nothing to do, has no name in the text.
+    out = len(bundles) - 1 if _TARGET.match(bundles[-1]) else None
     loops, branches = [], []
     for at, text in enumerate(bundles):
         for negated, predicate, region in _BRANCH.findall(text):
-            target, behind = targets.get(int(region)), _behind(bundles, at)
+            target, behind = targets.get(int(region), out), _behind(bundles, at)
             if target is None:
                 raise BundleError(f"a branch jumps to region {region}, which the text does not have")
             if target <= at:

@@ -96,8 +96,14 @@ def test_a_table_of_another_shape_is_refused():
 
 
 def test_a_branch_to_nowhere_is_refused():
+    nowhere = TEXT.replace("$region9", "$region99")
     with pytest.raises(BundleError, match="region 99"):
-        parse(TEXT.replace("$region9", "$region99"), table(14))
+        parse(nowhere + "   0xe   :  {}\n", table(15))
+
+
+def test_a_jump_without_a_named_target_leads_to_the_last_bundle_if_that_is_jumped_to():
+    out = TEXT.replace("$region9", "$region99") + "   0xe PF:  {} /* exit bundle */\n"
+    assert parse(out, table(15)).branches == (Span(10, 14),)
 
 
 def write(folder, name, bundles=TEXT, rows=14):
