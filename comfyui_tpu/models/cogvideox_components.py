@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from comfyui_tpu.models.rotary import rotate_pairs
 from comfyui_tpu.runtime import bridge, causal
 from comfyui_tpu.runtime.device_module import ComponentSpec, DeviceModule
 from comfyui_tpu.runtime.errors import InvalidInput
@@ -59,8 +60,6 @@ class _JointAttention:
     """
 
     def __call__(self, attn, hidden_states, encoder_hidden_states, attention_mask=None, image_rotary_emb=None):
-        from diffusers.models.embeddings import apply_rotary_emb
-
         text_tokens = encoder_hidden_states.shape[1]
         tokens = torch.cat([encoder_hidden_states, hidden_states], dim=1)
         query, key, value = (
@@ -69,7 +68,7 @@ class _JointAttention:
         )
         query, key = attn.norm_q(query), attn.norm_k(key)
         if image_rotary_emb is not None:
-            query, key = (apply_rotary_emb(x, image_rotary_emb) for x in (query, key))
+            query, key = (rotate_pairs(x, *image_rotary_emb) for x in (query, key))
         out = torch.nn.functional.scaled_dot_product_attention(query, key, value, attn_mask=attention_mask)
         out = attn.to_out[0](out.transpose(1, 2).flatten(2))
         return out[:, text_tokens:], out[:, :text_tokens]

@@ -2,22 +2,16 @@
 
 The stock processor writes the rotated halves of queries and keys into every second element of an empty tensor. That
 traces to scatters, which are slow on a TPU, and which XLA's partitioner is known to get wrong along an axis that is
-spread unevenly (seen for CogVideoX with jax 0.10.2). Stacking the halves is the same arithmetic.
+spread unevenly (seen for CogVideoX with jax 0.10.2). Here nothing is written in place.
 """
 
 from __future__ import annotations
 
 import torch
 
+from comfyui_tpu.models.rotary import rotate_pairs
+
 TEXT_TOKENS = 512  # the rest of the context, before the text, is Wan 2.1's image embedding
-
-
-def rotate_pairs(x: torch.Tensor, cosines: torch.Tensor, sines: torch.Tensor) -> torch.Tensor:
-    """Rotate neighbouring elements of ``x`` ``[B, S, H, D]``; tables ``[1, S, 1, D]`` repeat each angle twice."""
-    first, second = x.unflatten(-1, (-1, 2)).unbind(-1)
-    cosine, sine = cosines[..., 0::2], sines[..., 1::2]
-    rotated = torch.stack((first * cosine - second * sine, first * sine + second * cosine), dim=-1)
-    return rotated.flatten(-2).type_as(x)
 
 
 class WanAttention:

@@ -131,12 +131,12 @@ def _flat(x: jax.Array, width: int) -> jax.Array:
 
 def _extended(k: jax.Array, beyond: int) -> jax.Array:
     """``[B·H, S, D]`` → ``[B·H, S + beyond, D']``: a column of ones, one of penalties, and zeros to whole lanes."""
-    heads, rows, width = k.shape
-    real = jnp.arange(rows + beyond) < rows
-    columns = jnp.stack([jnp.where(real, 1, 0), jnp.where(real, 0, PENALTY)], axis=1).astype(k.dtype)
-    columns = jnp.pad(columns, ((0, 0), (0, -(width + 2) % 128)))
-    k = jnp.pad(k, ((0, 0), (0, beyond), (0, 0)))
-    return jnp.concatenate([k, jnp.broadcast_to(columns, (heads, *columns.shape))], axis=2)
+    _, rows, width = k.shape
+    # Padding and choosing fuse into one pass over the keys; columns to append would be written out first.
+    k = jnp.pad(k, ((0, 0), (0, beyond), (0, 128 - width % 128)))
+    row, column = (jax.lax.broadcasted_iota(jnp.int32, k.shape, axis) for axis in (1, 2))
+    k = jnp.where((column == width) & (row < rows), jnp.ones_like(k), k)
+    return jnp.where((column == width + 1) & (row >= rows), jnp.full_like(k, PENALTY), k)
 
 
 # Not under jax.jit: the call is traced inside its caller's program, once per shape.
