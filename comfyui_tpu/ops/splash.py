@@ -22,14 +22,12 @@ m, and stays below 1 while |c| ≤ 2^14, which is checked as well (the slack abo
 safe, including any with a NaN, take the exact online softmax with its running maximum. Queries and keys that went
 through an RMS norm of weight about 1 at head_dim 128 have r ≤ 16.4.
 
-**Shift and ragged lengths cost nothing.** The matrix unit is 256 deep and a head fills at most half of that. So the
-keys get two more columns, which meet two more rows of the queries: ones, which meet −m, and penalties, which meet
-ones. The unit then returns q·k − m. Only keys that fill up the last tile have a penalty, −2^126: it is lower than
-any logit, their weight is exactly 0, and no instruction of the kernel is spent on a mask. Queries beyond the end are
-computed and never written.
+**Ragged lengths.** A key beyond the end has its logit replaced by the lowest finite number before the exponential,
+which gives a weight of exactly 0. Which rows of a tile can lie beyond the end is known when the kernel is built; only
+they pay for this test. Queries beyond the end are computed and never written.
 
 **Schedule.** A grid step is a block of queries of one head; its loop takes the keys tile by tile and copies the
-tiles from HBM itself while the one before is at work.
+tiles from HBM itself while the one before is at work. Keys that fit in one tile are left to Pallas' own pipeline.
 """
 
 from __future__ import annotations
@@ -47,9 +45,7 @@ from comfyui_tpu.ops.splash_blocks import Blocks, fit, generation_of, padded_hea
 LOG2_E = math.log2(math.e)
 HEADROOM = 64.0  # H above, in powers of two
 LARGEST_CENTRE = 2.0**14
-# Finite, so that no row ever computes inf - inf, exact in bfloat16, and far below any logit.
-PENALTY = -(2.0**126)
-# Where the running maximum starts: lower than any penalised logit.
+# The lowest logit: finite, so that no row ever computes inf - inf, and far below any real one.
 LOWEST = -0.7 * float(jnp.finfo(jnp.float32).max)
 
 
@@ -101,9 +97,9 @@ def splash_attention(
     generation = generation_of(device_kind or jax.devices()[0].device_kind)
     blocks = blocks or fit(generation, rows, key.shape[2], padded, query.dtype.itemsize)
     call = functools.partial(_call, rows=rows, keys=key.shape[2], blocks=blocks, factor=scale * LOG2_E)
-    beyond = -key.shape[2] % blocks.keys
-    v = jnp.pad(v, ((0, 0), (0, beyond), (0, 0)))
-    out, lse = call(q, _extended(k, beyond), v, mean, radius.reshape(-1), interpret=interpret)
+    # Whole tiles; zeros, so that no weight of 0 meets a NaN.
+    k, v = (jnp.pad(x, ((0, 0), (0, -x.shape[1] % blocks.keys), (0, 0))) for x in (k, v))
+    out, lse = call(q, k, v, mean, radius.reshape(-1), interpret=interpret)
     out = out.reshape(batch, heads, rows, padded)[..., :width]
     return (out, lse.reshape(batch, heads, rows)) if return_lse else out
 
@@ -129,32 +125,29 @@ def _flat(x: jax.Array, width: int) -> jax.Array:
     return jnp.pad(x, ((0, 0), (0, 0), (0, width - x.shape[-1])))
 
 
-def _extended(k: jax.Array, beyond: int) -> jax.Array:
-    """``[B·H, S, D]`` → ``[B·H, S + beyond, D']``: a column of ones, one of penalties, and zeros to whole lanes."""
-    _, rows, width = k.shape
-    # Padding and choosing fuse into one pass over the keys; columns to append would be written out first.
-    k = jnp.pad(k, ((0, 0), (0, beyond), (0, 128 - width % 128)))
-    row, column = (jax.lax.broadcasted_iota(jnp.int32, k.shape, axis) for axis in (1, 2))
-    k = jnp.where((column == width) & (row < rows), jnp.ones_like(k), k)
-    return jnp.where((column == width + 1) & (row >= rows), jnp.full_like(k, PENALTY), k)
-
-
 # Not under jax.jit: the call is traced inside its caller's program, once per shape.
 def _call(q, k, v, mean, radius, *, rows: int, keys: int, blocks: Blocks, factor: float, interpret: bool):
     heads, _, width = q.shape
-    depth = k.shape[2]
     tiles, query_blocks = k.shape[1] // blocks.keys, pl.cdiv(rows, blocks.queries)
     by_query = pl.BlockSpec((None, blocks.queries, width), lambda h, i: (h, i, 0))
-    in_hbm = pl.BlockSpec(memory_space=pltpu.HBM)
+    if tiles == 1:
+        by_head, buffers = pl.BlockSpec((None, blocks.keys, width), lambda h, i: (h, 0, 0)), {}
+    else:
+        by_head = pl.BlockSpec(memory_space=pltpu.HBM)
+        buffers = {
+            "k": pltpu.VMEM((2, blocks.keys, width), k.dtype),
+            "v": pltpu.VMEM((2, blocks.keys, width), v.dtype),
+            "copied": pltpu.SemaphoreType.DMA((2, 2)),
+        }
     return pl.pallas_call(
-        functools.partial(_kernel, blocks=blocks, rows=rows, tiles=tiles, factor=factor),
+        functools.partial(_kernel, blocks=blocks, rows=rows, keys=keys, tiles=tiles, factor=factor),
         grid=(heads, query_blocks),
         in_specs=[
             pl.BlockSpec(memory_space=pltpu.SMEM),
             pl.BlockSpec((None, width, 1), lambda h, i: (h, 0, 0)),
             by_query,
-            in_hbm,
-            in_hbm,
+            by_head,
+            by_head,
         ],
         out_specs=[by_query, pl.BlockSpec((None, 1, blocks.queries), lambda h, i: (h, 0, i))],
         out_shape=[
@@ -162,10 +155,8 @@ def _call(q, k, v, mean, radius, *, rows: int, keys: int, blocks: Blocks, factor
             jax.ShapeDtypeStruct((heads, 1, rows), jnp.float32),
         ],
         scratch_shapes={
-            "k": pltpu.VMEM((min(tiles, 2), blocks.keys, depth), k.dtype),
-            "v": pltpu.VMEM((min(tiles, 2), blocks.keys, width), v.dtype),
-            "copied": pltpu.SemaphoreType.DMA((2, 2)),
-            "qt": pltpu.VMEM((depth, blocks.queries), q.dtype),
+            **buffers,
+            "qt": pltpu.VMEM((width, blocks.queries), q.dtype),
             "acc": pltpu.VMEM((width, blocks.queries), jnp.float32),
             "total": pltpu.VMEM((8, blocks.queries), jnp.float32),
             "shift": pltpu.VMEM((1, blocks.queries), jnp.float32),
@@ -185,62 +176,58 @@ def _call(q, k, v, mean, radius, *, rows: int, keys: int, blocks: Blocks, factor
     )(radius, mean, q, k, v)
 
 
-def _kernel(radius, mean, q, k_hbm, v_hbm, out, lse, *, k, v, copied, blocks, rows, tiles, factor, **sums):
+def _kernel(radius, mean, q, k_of_head, v_of_head, out, lse, *, blocks, rows, keys, tiles, factor, **scratch):
     """All keys for ``blocks.queries`` queries of a head.
 
-    Scratch: ``k``, ``v`` the tile at work and the next; ``qt`` ``[D', queries]`` the extended queries; ``acc``
-    ``[D, queries]`` and ``total`` ``[8, queries]`` the sums of weighted values and of weights (eight partial sums, one
-    a sublane); ``shift`` ``[1, queries]``; ``safe`` whether the bounded softmax may be used.
+    Scratch: ``k``, ``v`` the tile at work and the next (a single tile comes in place of the head's); ``qt``
+    ``[D, queries]`` the scaled queries; ``acc`` ``[D, queries]`` and ``total`` ``[8, queries]`` the sums of weighted
+    values and of weights (eight partial sums, one a sublane); ``shift`` ``[1, queries]``; ``safe`` whether the bounded
+    softmax may be used.
     """
     head, block = pl.program_id(0), pl.program_id(1)
+    k, v = scratch.pop("k", None), scratch.pop("v", None)
+    copied = scratch.pop("copied", None)
+    work = _Work(blocks=blocks, keys=keys, **scratch)
 
     def copies(tile):
-        slot = _slot(tile, tiles)
-        rows_of_tile = pl.ds(tile * blocks.keys, blocks.keys)
+        slot, part = jax.lax.rem(tile, 2), pl.ds(tile * blocks.keys, blocks.keys)
         return [
-            pltpu.make_async_copy(source.at[head, rows_of_tile], buffer.at[slot], copied.at[kind, slot])
-            for kind, (source, buffer) in enumerate(((k_hbm, k), (v_hbm, v)))
+            pltpu.make_async_copy(source.at[head, part], buffer.at[slot], copied.at[kind, slot])
+            for kind, (source, buffer) in enumerate(((k_of_head, k), (v_of_head, v)))
         ]
 
     def fetch(tile):
-        for copy in copies(tile):
+        for copy in copies(jnp.int32(tile)):
             copy.start()
 
-    def wait(tile):
-        for copy in copies(tile):
-            copy.wait()
-
-    # Each block of queries finds its first tile on the way: the block before has asked for it. A head of a single tile
-    # keeps that for all its queries.
-    pl.when(block == 0)(lambda: fetch(0))
-    work = _Work(k=k, v=v, blocks=blocks, tiles=tiles, **sums)
+    if tiles > 1:
+        # Each block of queries finds its first tile on the way: the block before has asked for it.
+        pl.when(block == 0)(lambda: fetch(0))
     work.start(q, mean[...], radius[head], factor, rows - block * blocks.queries)
     if tiles == 1:
-        pl.when(block == 0)(lambda: wait(0))
-        work.add(0)
+        work.add(k_of_head, v_of_head, 0)
     else:
 
         def step(tile, _):
-            wait(tile)
+            for copy in copies(tile):
+                copy.wait()
             pl.when(tile + 1 < tiles)(lambda: fetch(tile + 1))
-            work.add(tile)
+            slot = jax.lax.rem(tile, 2)
+            work.add(k.at[slot], v.at[slot], tile)
 
         jax.lax.fori_loop(0, tiles, step, None)
         pl.when(block + 1 < pl.num_programs(1))(lambda: fetch(0))
     work.finish(out, lse)
 
 
-def _slot(tile, tiles: int):
-    """Which buffer holds a tile. (Not ``%``: its sign handling asks for the device, which lowering may lack.)"""
-    return 0 if tiles == 1 else jax.lax.rem(tile, 2)
-
-
 class _Work:
     """The running sums of a block of queries, and what a tile of keys adds to them."""
 
-    def __init__(self, *, k, v, qt, acc, total, shift, safe, blocks, tiles):
-        self.k, self.v, self.qt, self.acc, self.total, self.shift = k, v, qt, acc, total, shift
-        self.safe, self.blocks, self.tiles = safe, blocks, tiles
+    def __init__(self, *, qt, acc, total, shift, safe, blocks, keys):
+        self.qt, self.acc, self.total, self.shift = qt, acc, total, shift
+        self.safe, self.blocks, self.keys = safe, blocks, keys
+        # The rows of a tile that are keys in every tile, also in the last one.
+        self.always = blocks.keys - -keys % blocks.keys
         self.precision = jax.lax.Precision.HIGHEST if qt.dtype == jnp.float32 else None
         self.parts = [
             (row, column)
@@ -249,8 +236,7 @@ class _Work:
         ]
 
     def start(self, q, mean, radius, factor, kept_rows):
-        """Scale, turn and extend the queries; choose each one's shift, and whether the block is safe."""
-        width = self.acc.shape[0]
+        """Scale and turn the queries; choose each one's shift, and whether the block is safe."""
 
         def turn(columns, safe):
             scaled = q[columns].astype(jnp.float32).T * factor
@@ -259,24 +245,15 @@ class _Work:
             # Queries beyond the end are whatever the memory holds.
             real = jax.lax.broadcasted_iota(jnp.int32, reach.shape, 1) < kept_rows - columns.start
             fine = (reach <= 2 * HEADROOM) & (jnp.abs(centre) <= LARGEST_CENTRE)
-            self.qt[:width, columns] = scaled.astype(self.qt.dtype)
+            self.qt[:, columns] = scaled.astype(self.qt.dtype)
+            self.acc[:, columns] = jnp.zeros(scaled.shape, jnp.float32)
             self.shift[:, columns] = centre + jnp.maximum(reach - HEADROOM, 0)
             return jnp.minimum(safe, jnp.min(jnp.where(real & ~fine, 0, 1)))
 
         safe = self._by_columns(turn, jnp.int32(1))
         self.safe[0] = safe
-
-        def extend(columns, _):
-            # The shift as the matrix unit will see it: rounding moves it, and every logit of the row by as much.
-            shift = jnp.where(safe == 1, self.shift[:, columns], 0).astype(self.qt.dtype).astype(jnp.float32)
-            self.shift[:, columns] = jnp.where(safe == 1, shift, LOWEST)
-            row = jax.lax.broadcasted_iota(jnp.int32, (self.qt.shape[0] - width, shift.shape[1]), 0)
-            extension = jnp.where(row == 0, -shift, jnp.where(row == 1, 1.0, 0.0))
-            self.qt[width:, columns] = extension.astype(self.qt.dtype)
-            self.acc[:, columns] = jnp.zeros((width, shift.shape[1]), jnp.float32)
-            return _
-
-        self._by_columns(extend, 0)
+        # A running maximum starts from the bottom.
+        self.shift[...] = jnp.where(safe == 1, self.shift[...], LOWEST)
         self.total[...] = jnp.zeros_like(self.total)
 
     def _by_columns(self, step, carry):
@@ -285,11 +262,11 @@ class _Work:
         at = lambda number: pl.ds(pl.multiple_of(number * size, size), size)  # noqa: E731
         return jax.lax.fori_loop(0, self.blocks.queries // size, lambda n, carry: step(at(n), carry), carry)
 
-    def add(self, tile):
-        """Add tile number ``tile`` to the sums."""
-        slot = _slot(tile, self.tiles)
-        pl.when(self.safe[0] == 1)(lambda: self._bounded(slot))
-        pl.when(self.safe[0] == 0)(lambda: self._online(slot))
+    def add(self, k, v, tile):
+        """Add a tile, ``k`` and ``v`` ``[keys, D]``, number ``tile`` of its head, to the sums."""
+        kept = self.keys - tile * self.blocks.keys
+        pl.when(self.safe[0] == 1)(lambda: self._bounded(k, v, kept))
+        pl.when(self.safe[0] == 0)(lambda: self._online(k, v, kept))
 
     def finish(self, out, lse):
         def step(columns, _):
@@ -300,7 +277,7 @@ class _Work:
 
         self._by_columns(step, 0)
 
-    def _bounded(self, slot):
+    def _bounded(self, k, v, kept):
         """Straight-line code, its parts skewed into a pipeline.
 
         While the exponentials of one part are taken, the matrix unit is given the logits of a part ``blocks.ahead``
@@ -312,17 +289,18 @@ class _Work:
         for now in range(-ahead, count + behind):
             if now + ahead < count:
                 row, column = self.parts[now + ahead]
-                logits[now + ahead] = self._logits(slot, row, self._columns(column))
+                part = self._logits(k, row, self._columns(column))
+                logits[now + ahead] = self._kept(part, kept - row, sure=max(0, self.always - row))
             if 0 <= now < count:
                 columns = self._columns(self.parts[now][1])
-                weight = jnp.exp2(logits.pop(now))
+                weight = jnp.exp2(logits.pop(now) - self.shift[:, columns])
                 self.total[:, columns] += _sum_to_sublanes(weight)
-                weights[now] = weight.astype(self.v.dtype)
+                weights[now] = weight.astype(v.dtype)
             if now >= behind:
                 row, column = self.parts[now - behind]
-                self.acc[:, self._columns(column)] += self._values(slot, row, weights.pop(now - behind))
+                self.acc[:, self._columns(column)] += self._values(v, row, weights.pop(now - behind))
 
-    def _online(self, slot):
+    def _online(self, k, v, kept):
         """The exact fall-back for logits of any size: a running maximum in ``shift``, part by part."""
         blocks = self.blocks
         per_row = blocks.queries // blocks.columns
@@ -330,27 +308,36 @@ class _Work:
         def step(number, _):
             row = pl.multiple_of(jax.lax.div(number, per_row) * blocks.slice, blocks.slice)
             columns = self._columns(pl.multiple_of(jax.lax.rem(number, per_row) * blocks.columns, blocks.columns))
-            logits = self._logits(slot, row, columns)
+            logits = self._kept(self._logits(k, row, columns), kept - row, sure=0)
             before = self.shift[:, columns]
             maximum = jnp.maximum(before, jnp.max(logits, axis=0, keepdims=True))
             weight, fade = jnp.exp2(logits - maximum), jnp.exp2(before - maximum)
             self.shift[:, columns] = maximum
             self.total[:, columns] = self.total[:, columns] * fade + _sum_to_sublanes(weight)
-            values = self._values(slot, row, weight.astype(self.v.dtype))
-            self.acc[:, columns] = self.acc[:, columns] * fade + values
+            self.acc[:, columns] = self.acc[:, columns] * fade + self._values(v, row, weight.astype(v.dtype))
 
         jax.lax.fori_loop(0, len(self.parts), step, None)
 
     def _columns(self, column):
         return pl.ds(column, self.blocks.columns)
 
-    def _logits(self, slot, row, columns):
-        """Base-2 logits less the shift, float32 ``[slice, columns]``."""
-        return self._dot(self.k[slot, pl.ds(row, self.blocks.slice)], self.qt[:, columns], 1)
+    def _logits(self, k, row, columns):
+        """Base-2 logits, float32 ``[slice, columns]``."""
+        return self._dot(k[pl.ds(row, self.blocks.slice), :], self.qt[:, columns], 1)
 
-    def _values(self, slot, row, weights):
+    def _kept(self, logits, kept, sure):
+        """``logits`` whose first ``kept`` rows stay (``sure`` of them always do); the rest becomes the lowest."""
+        # Whole registers of eight rows need no test.
+        sure = len(logits) if self.always == self.blocks.keys else min(len(logits), sure // 8 * 8)
+        if sure == len(logits):
+            return logits
+        rest = logits[sure:]
+        rest = jnp.where(jax.lax.broadcasted_iota(jnp.int32, rest.shape, 0) + sure < kept, rest, LOWEST)
+        return jnp.concatenate([logits[:sure], rest]) if sure else rest
+
+    def _values(self, v, row, weights):
         """``[D, columns]``: the weighted sum of a slice's values."""
-        return self._dot(self.v[slot, pl.ds(row, self.blocks.slice)], weights, 0)
+        return self._dot(v[pl.ds(row, self.blocks.slice), :], weights, 0)
 
     def _dot(self, a, b, axis):
         dimensions = (((axis,), (0,)), ((), ()))

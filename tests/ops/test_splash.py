@@ -66,7 +66,7 @@ def test_a_key_beyond_the_end_has_weight_zero():
 
 def test_queries_beyond_the_end_do_not_decide_for_the_others(monkeypatch):
     """The interpreter fills what lies beyond the end with NaN; the last block must stay on the bounded path."""
-    monkeypatch.setattr(splash._Work, "_online", lambda self, slot: None)
+    monkeypatch.setattr(splash._Work, "_online", lambda *tile: None)
     check(problem(300, 300), blocks=SMALL)
 
 
@@ -106,9 +106,9 @@ def test_the_bounded_softmax_is_taken_where_it_is_safe_and_only_there(factor, bo
     for name in ("_bounded", "_online"):
         real = getattr(splash._Work, name)
 
-        def counted(self, slot, real=real, name=name):
+        def counted(*tile, real=real, name=name):
             jax.debug.callback(lambda: taken.append(name))
-            real(self, slot)
+            real(*tile)
 
         monkeypatch.setattr(splash._Work, name, counted)
     jax.block_until_ready(kernel(q * factor, k, v, blocks=SMALL))
