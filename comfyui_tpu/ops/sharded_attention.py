@@ -21,8 +21,10 @@ from comfyui_tpu.ops.attention import attention, attention_with_lse, check_shape
 Strategy = Literal["heads", "ring"]
 LocalAttention = Callable[..., "jax.Array | tuple[jax.Array, jax.Array]"]
 
-# Below these the kernel's padded tiles and its start are taken to cost more than XLA's own attention. Not measured yet.
-KERNEL_MIN_QUERIES = 1024
+# Below so many logits a head XLA's own attention wins, which then stays in vector memory: by the compiler's estimates
+# for v6e and v5e (docs/attention.md), the kernel wins from here on with all that is done around it.
+KERNEL_MIN_LOGITS = 2**22
+# A tile has no fewer keys; with less, most of it would be padding.
 KERNEL_MIN_KEYS = 256
 KERNEL_MAX_HEAD_DIM = 128
 
@@ -111,7 +113,7 @@ def local_attention(
 
     ``device_kind`` is JAX's name of the device, which the kernel's tile sizes depend on.
     """
-    long_enough = queries >= KERNEL_MIN_QUERIES and keys >= KERNEL_MIN_KEYS
+    long_enough = queries * keys >= KERNEL_MIN_LOGITS and keys >= KERNEL_MIN_KEYS
     floats = dtype in (jnp.bfloat16, jnp.float32)
     if platform != "tpu" or not long_enough or head_dim > KERNEL_MAX_HEAD_DIM or not floats:
         return plain

@@ -170,9 +170,10 @@ def test_two_guidance_halves_share_the_devices_as_twice_the_heads():
 
 def test_the_kernel_is_chosen_on_a_tpu_where_it_is_long_enough():
     choose = functools.partial(local_attention, head_dim=128, dtype=jnp.bfloat16)
-    assert choose("tpu", 1024, 256).func.__name__ == "splash_attention"
+    assert choose("tpu", 2048, 2048).func.__name__ == "splash_attention"
+    assert choose("tpu", 9450, 512).func.__name__ == "splash_attention"
     assert choose("cpu", 75600, 75600) is plain
-    assert choose("tpu", 1023, 75600) is plain
+    assert choose("tpu", 2047, 2048) is plain
     assert choose("tpu", 75600, 255) is plain
     assert local_attention("tpu", 14400, 14400, 384, jnp.bfloat16) is plain
     assert local_attention("tpu", 14400, 14400, 64, jnp.float16) is plain
@@ -206,9 +207,14 @@ def collectives(heads: int, **options) -> tuple[int, list[tuple[str, int]]]:
     """How many kernels, and (opcode, bytes per device) of the collectives beside them, in a scanned layer for TPUs."""
     split = NamedSharding(tpus(), PartitionSpec(None, None, "chips", None))
 
+    def local(q, k, v, **options):
+        """The kernel at lengths too short to choose it for: they compile quickly."""
+        kernel = functools.partial(splash_attention, device_kind=tpus().devices[0].device_kind)
+        return (kernel if k.shape[2] >= 256 else plain)(q, k, v, **options)
+
     def layer(x, weights):
         x = jax.lax.with_sharding_constraint(x, split)
-        out = attend(*(x @ weights[i] for i in range(3)), mesh=tpus(), **options)
+        out = attend(*(x @ weights[i] for i in range(3)), mesh=tpus(), local=local, **options)
         return jax.lax.with_sharding_constraint(out @ weights[3], split), None
 
     whole = NamedSharding(tpus(), PartitionSpec())
@@ -222,7 +228,7 @@ def collectives(heads: int, **options) -> tuple[int, list[tuple[str, int]]]:
 
 
 def test_one_tpu_runs_the_kernel_itself():
-    x = jax.ShapeDtypeStruct((2, 3, 1024, 64), jnp.bfloat16)
+    x = jax.ShapeDtypeStruct((2, 3, 2048, 64), jnp.bfloat16)
     program = str(jax.make_jaxpr(functools.partial(attend, mesh=Mesh(tpus().devices[:1], ("chips",))))(x, x, x))
     assert program.count("pallas_call") == 1
     assert "all_to_all" not in program
