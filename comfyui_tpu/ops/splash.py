@@ -17,10 +17,10 @@ at least the mean of its logits, which is c. Shift by
   2H. A weight 2^−24 of it, below which float32 sums ignore it, is still at least 2^−88, a normal number of both
   float32 and bfloat16 (which has float32's exponents; its rounding is relative and does not care about the shift).
 
-So a block of queries is safe when r ≤ 128 for all of them. c is computed in float32; its rounding error only moves
-m, and stays below 1 while |c| ≤ 2^14, which is checked as well (the slack above is far larger). Blocks that are not
-safe, including any with a NaN, take the exact online softmax with its running maximum. Queries and keys that went
-through an RMS norm of weight about 1 at head_dim 128 have r ≤ 16.4.
+So a block of queries is safe when r ≤ 128 for all of them. c is computed in float32 from the queries as rounded for
+the matrix unit; its rounding error only moves m, and stays below 1 while Σ|qᵢ·k̄ᵢ| ≤ 2^14, which is checked as well
+(the slack above is far larger). Blocks that are not safe, including any with a NaN, take the exact online softmax
+with its running maximum. Queries and keys that went through an RMS norm of weight about 1 at head_dim 128 have r ≤ 16.4.
 
 **Ragged lengths.** A key beyond the end has its logit replaced by the lowest finite number before the exponential,
 which gives a weight of exactly 0. Which rows of a tile can lie beyond the end is known when the kernel is built; only
@@ -239,13 +239,16 @@ class _Work:
         """Scale and turn the queries; choose each one's shift, and whether the block is safe."""
 
         def turn(columns, safe):
-            scaled = q[columns].astype(jnp.float32).T * factor
+            # As the matrix unit will see them: with a large mean key, rounding alone can move a row far.
+            scaled = (q[columns].astype(jnp.float32).T * factor).astype(self.qt.dtype)
+            self.qt[:, columns] = scaled
+            scaled = scaled.astype(jnp.float32)
             reach = jnp.sqrt(jnp.sum(scaled * scaled, axis=0, keepdims=True)) * radius
-            centre = jnp.sum(scaled * mean, axis=0, keepdims=True)
+            terms = scaled * mean
+            centre = jnp.sum(terms, axis=0, keepdims=True)
             # Queries beyond the end are whatever the memory holds.
             real = jax.lax.broadcasted_iota(jnp.int32, reach.shape, 1) < kept_rows - columns.start
-            fine = (reach <= 2 * HEADROOM) & (jnp.abs(centre) <= LARGEST_CENTRE)
-            self.qt[:, columns] = scaled.astype(self.qt.dtype)
+            fine = (reach <= 2 * HEADROOM) & (jnp.sum(jnp.abs(terms), axis=0, keepdims=True) <= LARGEST_CENTRE)
             self.acc[:, columns] = jnp.zeros(scaled.shape, jnp.float32)
             self.shift[:, columns] = centre + jnp.maximum(reach - HEADROOM, 0)
             return jnp.minimum(safe, jnp.min(jnp.where(real & ~fine, 0, 1)))

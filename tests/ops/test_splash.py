@@ -116,6 +116,17 @@ def test_the_bounded_softmax_is_taken_where_it_is_safe_and_only_there(factor, bo
     assert set(taken) == {"_bounded" if bounded else "_online"}
 
 
+@pytest.mark.parametrize("offset", [1e3, 1e4, 1e5, 1e6])
+def test_a_large_mean_key_that_the_queries_hardly_see_is_exact(offset):
+    """q·k̄ nearly cancels, but not once the scaled queries are rounded: the shift must follow the rounding."""
+    q, k, v = problem(256, 512, heads=1)
+    q = q.at[..., 1].set(-q[..., 0] * (1 + 2**-7))
+    k = k.at[..., :2].set(offset)
+    q, k, v = (x.astype(jnp.bfloat16) for x in (q, k, v))
+    # The logits' common part is offset·(q₀ + q₁); what is left of it in a row is the same for every key.
+    check((q, k, v), blocks=SMALL)
+
+
 def test_each_block_of_queries_decides_for_itself():
     q, k, v = problem(512, 600)
     check((q.at[:, :, 300:].multiply(1000), k, v), blocks=SMALL, bound=5e-3)
