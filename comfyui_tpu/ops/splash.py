@@ -20,7 +20,8 @@ at least the mean of its logits, which is c. Shift by
 So a block of queries is safe when r ≤ 128 for all of them. c is computed in float32 from the queries as rounded for
 the matrix unit; its rounding error only moves m, and stays below 1 while Σ|qᵢ·k̄ᵢ| ≤ 2^14, which is checked as well
 (the slack above is far larger). Blocks that are not safe, including any with a NaN, take the exact online softmax
-with its running maximum. Queries and keys that went through an RMS norm of weight about 1 at head_dim 128 have r ≤ 16.4.
+with its running maximum. Queries and keys that went through an RMS norm of weight about 1 at head_dim 128 have
+r ≤ 16.4.
 
 **Ragged lengths.** A key beyond the end has its logit replaced by the lowest finite number before the exponential,
 which gives a weight of exactly 0. Which rows of a tile can lie beyond the end is known when the kernel is built; only
