@@ -19,6 +19,7 @@ from comfyui_tpu.runtime.errors import CheckpointError, InvalidInput, NumericsEr
 from comfyui_tpu.runtime.plan import spatial, spread
 from comfyui_tpu.runtime.registry import registry
 from tests.checkpoints import cogvideox as checkpoints
+from tests.checkpoints.checks import edited
 from tests.checkpoints.tokenizer import CORPUS
 from tests.models.reference import COMPONENT_BOUND, FRAME_BOUND, LATENT_BOUND, relative_error
 
@@ -490,16 +491,6 @@ def test_sizes_cogvideox_cannot_make_are_refused_with_both_values(size, message)
 def test_sizes_cogvideox_can_make_are_accepted():
     for size in ((720, 1280, 81), (768, 1360, 161), (480, 720, 49), (256, 256, 9), (720, 1280, 50)):
         cogvideox.check_video_size(*size)
-
-
-def edited(folder, target, name, change):
-    """A copy of the checkpoint with one JSON file changed."""
-    shutil.copytree(folder, target)
-    path = target / name
-    value = json.loads(path.read_text())
-    change(value)
-    path.write_text(json.dumps(value))
-    return target
 
 
 @pytest.mark.parametrize(

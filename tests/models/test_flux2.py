@@ -18,6 +18,7 @@ from comfyui_tpu.runtime.plan import spatial, spread
 from comfyui_tpu.runtime.registry import registry
 from tests.checkpoints import flux2 as tiny
 from tests.checkpoints import write
+from tests.checkpoints.checks import edited
 from tests.models.reference import COMPONENT_BOUND, FRAME_BOUND, LATENT_BOUND, relative_error
 
 PROMPT = "A red fox runs through fresh snow, 雪"
@@ -530,16 +531,6 @@ def test_inputs_that_do_not_fit_are_refused_before_any_weights_load(single, embe
 def test_embeddings_of_another_model_are_refused_with_both_widths(single):
     with pytest.raises(InvalidInput, match=r"must be \[batch, tokens, 240\]; got \[1, 512, 4096\]"):
         few_steps(single, torch.zeros(1, 512, 4096))
-
-
-def edited(folder, target, name, change):
-    """A copy of the checkpoint with one JSON file changed."""
-    shutil.copytree(folder, target)
-    path = target / name
-    value = json.loads(path.read_text())
-    change(value)
-    path.write_text(json.dumps(value))
-    return target
 
 
 @pytest.mark.parametrize(

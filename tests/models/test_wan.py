@@ -1,7 +1,6 @@
 """Wan 2.1 against the stock ``WanPipeline`` on torch CPU float32, on one device and on eight."""
 
 import dataclasses
-import json
 import shutil
 import threading
 
@@ -15,6 +14,7 @@ from comfyui_tpu.runtime.errors import CheckpointError, InvalidInput, NumericsEr
 from comfyui_tpu.runtime.plan import spatial, spread
 from comfyui_tpu.runtime.registry import registry
 from tests.checkpoints import wan21
+from tests.checkpoints.checks import edited
 from tests.models.reference import COMPONENT_BOUND, FRAME_BOUND, LATENT_BOUND, relative_error
 
 SETTINGS = {
@@ -294,16 +294,6 @@ def test_sizes_wan_cannot_make_are_refused_with_both_values(size, message):
 def test_sizes_wan_can_make_are_accepted():
     for size in ((720, 1280, 81), (480, 832, 81), (256, 256, 17), (1280, 720, 121)):
         wan.check_video_size(*size)
-
-
-def edited(folder, target, name, change):
-    """A copy of the checkpoint with one JSON file changed."""
-    shutil.copytree(folder, target)
-    path = target / name
-    value = json.loads(path.read_text())
-    change(value)
-    path.write_text(json.dumps(value))
-    return target
 
 
 @pytest.mark.parametrize(
