@@ -14,6 +14,7 @@ from typing import Any
 
 from comfyui_tpu.bench.kernels import KERNEL_NAMES, Job
 from comfyui_tpu.plan.bundles import DUMP_FLAGS, Schedule, read
+from comfyui_tpu.plan.hardware import COMPILER_ENVIRONMENT
 
 LONGEST_SECONDS = 1800
 
@@ -88,10 +89,7 @@ def _outcome(job: Job, folder: str) -> dict[str, Any]:
 def environment(folder: str) -> dict[str, str]:
     """No TPU is looked for, several compilers may run at once, and the compiler writes its schedules to ``folder``."""
     return {
-        "TPU_SKIP_MDS_QUERY": "1",
-        "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
-        "TPU_WORKER_HOSTNAMES": "localhost",
-        "TPU_ACCELERATOR_TYPE": "v6e-8",
+        **COMPILER_ENVIRONMENT,
         **os.environ,
         "JAX_PLATFORMS": "cpu",
         "LIBTPU_INIT_ARGS": DUMP_FLAGS.format(folder=folder),

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from comfyui_tpu.ops.splash_blocks import Blocks, fit
+from comfyui_tpu.ops.splash_blocks import Blocks, fit, padded_head_dim
 from comfyui_tpu.plan.bundles import BundleError, Loop, Schedule, Span
 from comfyui_tpu.plan.hardware import Topology
 from comfyui_tpu.runtime.errors import PlanError
@@ -106,9 +106,8 @@ def our_blocks(topology: Topology, shape: Shape) -> Blocks:
     Raises:
         PlanError: the kernel is not made for this head_dim.
     """
-    width = 64 if shape.head_dim <= 64 else math.ceil(shape.head_dim / 128) * 128
     try:
-        return fit(topology.generation.name, shape.queries, shape.keys, width, 2)
+        return fit(topology.generation.name, shape.queries, shape.keys, padded_head_dim(shape.head_dim))
     except ValueError as error:
         raise PlanError(str(error)) from error
 

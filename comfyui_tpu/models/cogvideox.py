@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import importlib.util
 from collections.abc import Callable
@@ -200,11 +201,7 @@ class CogVideoX(OpenedModel):
         latents = self.sample(
             embeds,
             embeds,
-            height=task.height,
-            width=task.width,
-            num_frames=task.num_frames,
-            num_inference_steps=task.num_inference_steps,
-            guidance_scale=task.guidance_scale,
+            **dataclasses.asdict(task),
             seed=0,
         )
         self.vae.decode(latents, return_dict=False)

@@ -48,7 +48,7 @@ DEFAULT_PLANS = Plans()
 
 @dataclass(frozen=True)
 class Task:
-    """What a user asks of a model, as far as programs depend on it.
+    """What a user asks of a model, as far as programs depend on it; a video's samplers have these as arguments.
 
     Attributes:
         height, width: in pixels.

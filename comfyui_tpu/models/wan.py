@@ -414,11 +414,7 @@ class WanTextToVideo(WanModel):
         latents = self.sample(
             embeds,
             embeds,
-            height=task.height,
-            width=task.width,
-            num_frames=task.num_frames,
-            num_inference_steps=task.num_inference_steps,
-            guidance_scale=task.guidance_scale,
+            **dataclasses.asdict(task),
             seed=0,
             flow_shift=REHEARSED_SHIFT,
         )

@@ -24,7 +24,6 @@ def attention(
     mask: jax.Array | None = None,
     scale: float | None = None,
     smooth_keys: bool = False,
-    shards: int = 1,
     logits_budget: int = LOGITS_BUDGET_BYTES,
 ) -> jax.Array:
     """softmax(scale · Q·Kᵀ + mask)·V with float32 logits, softmax and accumulation.
@@ -38,17 +37,15 @@ def attention(
         scale: factor on the logits; ``1/sqrt(D)`` when None.
         smooth_keys: subtract the mean key first. Every logit of a row moves by the same amount, which a softmax
             ignores, so the result is the same in exact arithmetic and kinder to low precision.
-        shards: on how many devices the ``B·H`` attention problems are spread (for the memory budget).
         logits_budget: bytes of float32 logits per device above which queries are processed in blocks.
 
     Returns:
         ``[B, H, Sq, Dv]`` in the query's dtype.
     """
     check_shapes(query, key, value)
-    if smooth_keys:
-        key = (key - jnp.mean(key, axis=2, keepdims=True, dtype=jnp.float32)).astype(key.dtype)
+    key = smoothed(key) if smooth_keys else key
     scale = 1 / math.sqrt(query.shape[-1]) if scale is None else scale
-    block = _query_block(query.shape, key.shape[2], shards, logits_budget)
+    block = _query_block(query.shape, key.shape[2], logits_budget)
     if block >= query.shape[2]:
         return _attend(query, key, value, mask, scale)
     return _attend_in_blocks(query, key, value, mask, scale, block)
@@ -70,10 +67,9 @@ def attention_with_lse(
         base-2 logits (logit · log2 e), of the smoothed keys if they are smoothed.
     """
     check_shapes(query, key, value)
-    if smooth_keys:
-        key = (key - jnp.mean(key, axis=2, keepdims=True, dtype=jnp.float32)).astype(key.dtype)
+    key = smoothed(key) if smooth_keys else key
     scale = 1 / math.sqrt(query.shape[-1]) if scale is None else scale
-    block = _query_block(query.shape, key.shape[2], 1, logits_budget)
+    block = _query_block(query.shape, key.shape[2], logits_budget)
     if block >= query.shape[2]:
         return _attend_with_lse(query, key, value, scale)
     stacked = _query_blocks(query, block)
@@ -91,11 +87,15 @@ def check_shapes(query: jax.Array, key: jax.Array, value: jax.Array) -> None:
         )
 
 
-def _query_block(query_shape: tuple[int, ...], keys: int, shards: int, budget: int) -> int:
+def smoothed(key: jax.Array) -> jax.Array:
+    """Keys ``[B, H, S, D]`` without their mean key, which moves every logit of a row by the same amount."""
+    return (key - jnp.mean(key, axis=2, keepdims=True, dtype=jnp.float32)).astype(key.dtype)
+
+
+def _query_block(query_shape: tuple[int, ...], keys: int, budget: int) -> int:
     """How many query rows fit the logits budget: a multiple of 128 (a lane row) where possible, at least 1."""
     batch, heads, rows, _ = query_shape
-    problems = max(1, math.ceil(batch * heads / shards))
-    fitting = max(1, budget // (4 * problems * keys))
+    fitting = max(1, budget // (4 * batch * heads * keys))
     if fitting >= rows:
         return rows
     return fitting // 128 * 128 or fitting

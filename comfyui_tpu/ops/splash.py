@@ -41,6 +41,7 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
+from comfyui_tpu.ops.attention import smoothed
 from comfyui_tpu.ops.splash_blocks import Blocks, fit, generation_of, padded_head_dim
 
 LOG2_E = math.log2(math.e)
@@ -86,21 +87,21 @@ def splash_attention(
     _check(query, key, value)
     batch, heads, rows, width = query.shape
     scale = 1 / math.sqrt(width) if scale is None else scale
+    key = smoothed(key) if smooth_keys else key
     mean = jnp.mean(key, axis=2, keepdims=True, dtype=jnp.float32)
-    if smooth_keys:
-        key = (key - mean).astype(key.dtype)
-        mean = jnp.mean(key, axis=2, keepdims=True, dtype=jnp.float32)
     # The largest distance of a key from the mean key, per head.
     radius = jnp.sqrt(jnp.max(jnp.sum((key - mean) ** 2, axis=-1), axis=-1))
     padded = padded_head_dim(width)
-    q, k, v = (_flat(x, padded) for x in (query, key, value))
     mean = jnp.pad(mean.reshape(batch * heads, width, 1), ((0, 0), (0, padded - width), (0, 0)))
-    generation = generation_of(device_kind or jax.devices()[0].device_kind)
-    blocks = blocks or fit(generation, rows, key.shape[2], padded, query.dtype.itemsize)
-    call = functools.partial(_call, rows=rows, keys=key.shape[2], blocks=blocks, factor=scale * LOG2_E)
+    keys = key.shape[2]
+    if blocks is None:
+        generation = generation_of(device_kind or jax.devices()[0].device_kind)
+        blocks = fit(generation, rows, keys, padded, query.dtype.itemsize)
+    q = _flat(query, rows, padded)
     # Whole tiles; zeros, so that no weight of 0 meets a NaN.
-    k, v = (jnp.pad(x, ((0, 0), (0, -x.shape[1] % blocks.keys), (0, 0))) for x in (k, v))
-    out, lse = call(q, k, v, mean, radius.reshape(-1), interpret=interpret)
+    k, v = (_flat(x, pl.cdiv(keys, blocks.keys) * blocks.keys, padded) for x in (key, value))
+    factor = scale * LOG2_E
+    out, lse = _call(q, k, v, mean, radius.reshape(-1), keys=keys, blocks=blocks, factor=factor, interpret=interpret)
     out = out.reshape(batch, heads, rows, padded)[..., :width]
     return (out, lse.reshape(batch, heads, rows)) if return_lse else out
 
@@ -120,15 +121,15 @@ def _check(query: jax.Array, key: jax.Array, value: jax.Array) -> None:
         )
 
 
-def _flat(x: jax.Array, width: int) -> jax.Array:
-    """``[B, H, S, D]`` → ``[B·H, S, width]``."""
+def _flat(x: jax.Array, rows: int, width: int) -> jax.Array:
+    """``[B, H, S, D]`` → ``[B·H, rows, width]``, zeros where ``x`` ends."""
     x = x.reshape(-1, *x.shape[2:])
-    return jnp.pad(x, ((0, 0), (0, 0), (0, width - x.shape[-1])))
+    return jnp.pad(x, ((0, 0), (0, rows - x.shape[1]), (0, width - x.shape[2])))
 
 
 # Not under jax.jit: the call is traced inside its caller's program, once per shape.
-def _call(q, k, v, mean, radius, *, rows: int, keys: int, blocks: Blocks, factor: float, interpret: bool):
-    heads, _, width = q.shape
+def _call(q, k, v, mean, radius, *, keys: int, blocks: Blocks, factor: float, interpret: bool):
+    heads, rows, width = q.shape
     tiles, query_blocks = k.shape[1] // blocks.keys, pl.cdiv(rows, blocks.queries)
     by_query = pl.BlockSpec((None, blocks.queries, width), lambda h, i: (h, i, 0))
     if tiles == 1:

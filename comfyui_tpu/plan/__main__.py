@@ -3,14 +3,10 @@
 import os
 import sys
 
-# Before JAX starts: it must not look for a TPU, and several planners may use the compiler at once.
-os.environ["JAX_PLATFORMS"] = "cpu"
-os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
-os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
-# The compiler otherwise looks for the TPU VM around it, and complains on the terminal that there is none. What is
-# compiled for is not decided by these.
-os.environ.setdefault("TPU_WORKER_HOSTNAMES", "localhost")
-os.environ.setdefault("TPU_ACCELERATOR_TYPE", "v6e-8")
+from comfyui_tpu.plan.hardware import COMPILER_ENVIRONMENT
+
+# Before JAX starts, which the import of ``cli`` does.
+os.environ.update({**COMPILER_ENVIRONMENT, **os.environ, "JAX_PLATFORMS": "cpu"})
 # Ending compilations that nobody needs any more leaves locks of theirs behind, which Python would point out.
 os.environ.setdefault("PYTHONWARNINGS", "ignore:resource_tracker:UserWarning")
 

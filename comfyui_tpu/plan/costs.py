@@ -113,16 +113,6 @@ def no_kernels(instruction: hlo.Instruction) -> float | None:
     return None
 
 
-@dataclass(frozen=True)
-class KernelTable:
-    """Cycles of one run of each Pallas kernel, ``((name, cycles), ...)``: a ``kernel_cycles`` for :func:`read`."""
-
-    cycles: tuple[tuple[str, float], ...]
-
-    def __call__(self, instruction: hlo.Instruction) -> float | None:
-        return dict(self.cycles).get(instruction.kernel_name)
-
-
 def read(module: hlo.Module, topology: Topology, kernel_cycles: KernelCycles = no_kernels) -> Cost:
     """The cost of one call of ``module`` on one chip of ``topology``.
 

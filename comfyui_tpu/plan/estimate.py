@@ -128,8 +128,8 @@ def estimate(
         calls: what ``job`` runs, from :func:`rehearsal.rehearse`.
         wanted: indices of the calls to estimate; all when None.
         effort: one of :data:`EFFORTS` for all programs, or :data:`AUTO`.
-        kernel_cycles: cycles of Pallas kernels, see :func:`costs.read`; a module's function or a ``KernelTable`` (it
-            goes to other processes). Ours are known when None.
+        kernel_cycles: cycles of Pallas kernels, see :func:`costs.read`; it goes to other processes. Ours are
+            known when None.
         use_cache: take what an earlier run of the same code and versions learnt.
         workers: processes that compile; as many as there are processors when None. 1 compiles in this process.
         report: called with one line as each program is done.

@@ -14,6 +14,16 @@ from comfyui_tpu.runtime.errors import PlanError
 
 GIB = 2**30
 
+# For a process that compiles for described devices, before it imports JAX: no TPU is looked for, and several may use
+# the compiler at once. It otherwise also looks for the TPU VM around it, and complains on the terminal that there is
+# none; the last two do not decide what is compiled for.
+COMPILER_ENVIRONMENT = {
+    "TPU_SKIP_MDS_QUERY": "1",
+    "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
+    "TPU_WORKER_HOSTNAMES": "localhost",
+    "TPU_ACCELERATOR_TYPE": "v6e-8",
+}
+
 
 @dataclass(frozen=True)
 class Generation:
