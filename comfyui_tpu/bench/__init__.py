@@ -1,1 +1,1 @@
-"""Benchmarks that need no TPU: kernels compiled for described devices, their schedules counted."""
+"""Benchmarks: kernels compiled for TPUs that need not be there (estimates), and models timed on this machine."""

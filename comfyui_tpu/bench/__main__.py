@@ -1,4 +1,7 @@
-"""``python -m comfyui_tpu.bench``: ``attention`` compares kernels, ``tune`` looks for our kernel's best tiles."""
+"""``python -m comfyui_tpu.bench``: ``attention`` compares kernels, ``tune`` looks for our kernel's best tiles.
+
+``run`` measures a model on this machine.
+"""
 
 import sys
 

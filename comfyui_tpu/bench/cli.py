@@ -7,13 +7,13 @@ import json
 import sys
 from pathlib import Path
 
-from comfyui_tpu.bench import attention, tune
+from comfyui_tpu.bench import attention, run, tune
 from comfyui_tpu.bench.compiling import BenchError, compile_all
 from comfyui_tpu.bench.kernels import JAX_SPLASH, OURS, Job, Shape, SplashBlocks, our_blocks, splash_candidates
 from comfyui_tpu.ops.splash_blocks import Blocks
 from comfyui_tpu.plan import hardware
 from comfyui_tpu.plan.bundles import BundleError
-from comfyui_tpu.runtime.errors import PlanError
+from comfyui_tpu.runtime.errors import TPUError
 
 OK, FAILED = 0, 1
 
@@ -23,7 +23,7 @@ def main(arguments: list[str] | None = None) -> int:
     options = _parser().parse_args(arguments)
     try:
         return options.run(options)
-    except (BenchError, BundleError, PlanError) as error:
+    except (BenchError, BundleError, TPUError) as error:
         print(f"error: {error}", file=sys.stderr)
         return FAILED
 
@@ -31,8 +31,8 @@ def main(arguments: list[str] | None = None) -> int:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m comfyui_tpu.bench",
-        description="Compile attention kernels for a TPU that need not be there, and count their cycles. "
-        + attention.ESTIMATE,
+        description="attention, tune: compile attention kernels for a TPU that need not be there, and count their "
+        f"cycles. {attention.ESTIMATE} run: time a model on the TPU that is there.",
     )
     commands = parser.add_subparsers(required=True)
     compare = commands.add_parser("attention", help="our kernel against JAX's splash attention")
@@ -62,6 +62,13 @@ def _parser() -> argparse.ArgumentParser:
         metavar=tune.FORMAT,
         help="tiles to try (default: variations of the table's choice for each length)",
     )
+    measured = commands.add_parser(
+        "run",
+        help="time a model's pipeline on this machine (not an estimate)",
+        description="Time a model's real pipeline on this machine's devices: load, compile, encode, denoise, decode.",
+    )
+    measured.set_defaults(run=_run)
+    run.add_arguments(measured)
     return parser
 
 
@@ -115,6 +122,12 @@ def _tune(options: argparse.Namespace) -> int:
     report = tune.rank(compile_all(jobs, options.jobs, _progress), topology, options.head_dim)
     _write(options.json, report, tune.render(report))
     return OK if report["limits"] else FAILED
+
+
+def _run(options: argparse.Namespace) -> int:
+    report = run.run(options)
+    _write(options.json, report, run.render(report))
+    return OK
 
 
 def _progress(line: str) -> None:
