@@ -199,10 +199,10 @@ class _Reader:
         """(resource, cycles) of a collective or of a copy beside the computation; None for anything else."""
         opcode, clock = self._collective_kind(instruction), self.topology.generation.clock
         if opcode.startswith(_COLLECTIVES):
-            group = instruction.group_size(self.topology.devices)
-            return _LINKS, clock * collective_seconds(opcode, instruction.largest_array(), group, self.topology)
+            grid = self.topology.grid_of(instruction.group(self.topology.devices))
+            return _LINKS, clock * collective_seconds(opcode, instruction.largest_array(), grid, self.topology)
         if opcode.endswith("-start"):
-            return _HBM, clock * instruction.largest_array() / self.topology.generation.hbm_bandwidth
+            return _HBM, clock * instruction.moved() / self.topology.generation.hbm_bandwidth
         return None
 
     def _collective_kind(self, instruction: hlo.Instruction) -> str:
@@ -275,7 +275,7 @@ class _Reader:
         if instruction.opcode in _CALLS or instruction.opcode.endswith("-done"):
             return 0
         if instruction.opcode.endswith("-start"):
-            return instruction.largest_array()
+            return instruction.moved()
         fused = [i for name in instruction.called("calls") for i in self.module.computations.get(name, ())]
         written = instruction.bytes(hbm_only=True)
         if instruction.opcode in _READS_A_PART:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -103,6 +104,29 @@ class Topology:
         """Devices along each axis that has more than one, a chip's cores as an axis of their own."""
         return tuple(n for n in (*self.shape, self.generation.devices_per_chip) if n > 1)
 
+    def position(self, device: int) -> tuple[int, ...]:
+        """Where the device of that number in JAX's list is: its chip along each axis, and which of the chip's cores.
+
+        JAX counts host by host, a host being 2 × 2 chips, and within a host along the first axis first.
+        """
+        chip, core = divmod(device, self.generation.devices_per_chip)
+        host = tuple(min(2, n) for n in self.shape[:2]) + (1,) * (len(self.shape) - 2)
+        hosts = [n // of_host for n, of_host in zip(self.shape, host, strict=True)]
+        number, within = divmod(chip, math.prod(host))
+        place = []
+        for chips, count in zip(host, hosts, strict=True):
+            within, at = divmod(within, chips)
+            number, block = divmod(number, count)
+            place.append(block * chips + at)
+        return (*place, core)
+
+    def grid_of(self, devices: Sequence[int]) -> tuple[int, ...]:
+        """How the devices of a group lie: lengths of the box they fill, or a line if they fill none."""
+        positions = [self.position(device) for device in devices]
+        sides = [max(along) - min(along) + 1 for along in zip(*positions, strict=True)]
+        box = tuple(side for side in sides if side > 1)
+        return box if math.prod(sides) == len(devices) else (len(devices),)
+
 
 def parse(text: str) -> Topology:
     """``"v6e:2x4"`` as a Topology.
@@ -151,28 +175,27 @@ def describe_devices(topology: Topology) -> tuple[Any, ...]:
     return tuple(described.devices)
 
 
-def collective_seconds(kind: str, payload: int, group: int, topology: Topology) -> float:
+def collective_seconds(kind: str, payload: int, grid: tuple[int, ...], topology: Topology) -> float:
     """How long a collective takes when only the links limit it, in seconds.
 
     The model: no wrap-around links (slices of up to 16 chips have none), so a corner chip has one link along each axis
-    of the slice, and an all-to-all has to pass the cut across the longest axis. A group smaller than the slice is
-    taken for a line.
+    of the group, and an all-to-all has to pass the cut across the longest axis.
 
     Args:
         kind: an HLO opcode such as ``"all-gather"``.
         payload: bytes of the largest of a chip's operand and result.
-        group: how many chips take part.
+        grid: how many devices take part along each axis, see :meth:`Topology.grid_of`.
     """
+    group = math.prod(grid)
     if group <= 1:
         return 0.0
-    grid = topology.grid if group == topology.devices else (group,)
     link, ways = topology.generation.link_bandwidth, len(grid)
     latency = HOP_SECONDS * sum(n - 1 for n in grid)
     remote = payload * (group - 1) / group
     if kind.startswith("collective-permute"):
         return payload / link + HOP_SECONDS
     if kind.startswith("all-to-all") or kind.startswith("ragged-all-to-all"):
-        cut_links = math.prod(grid) / max(grid)
+        cut_links = group / max(grid)
         return max(remote / (ways * link), payload * group / 4 / (cut_links * link)) + latency
     rounds = 2 if kind.startswith("all-reduce") else 1  # reduce-scatter, then all-gather
     return rounds * (remote / (ways * link) + latency)

@@ -8,6 +8,8 @@ import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+import numpy as np
+
 _BITS = {"pred": 8, "s4": 4, "u4": 4, "s2": 2, "u2": 2, "token": 0, "opaque": 0}
 _SHAPE = re.compile(r"([a-z]+\d*[a-z0-9]*)\[([\d,]*)\](\{[^}]*\})?")
 _NAME = re.compile(r"%([\w.\-]+)")
@@ -78,9 +80,13 @@ class Instruction:
         """Bytes of the largest array in the result."""
         return max((size for size, _ in _arrays(self.shape)), default=0)
 
-    def group_size(self, devices: int) -> int:
-        """How many devices take part in this collective, of ``devices`` in all."""
-        return _group_size(self.attributes, devices)
+    def moved(self) -> int:
+        """Bytes that this start of a copy moves: the smaller of what it reads and makes, for parts are copied too."""
+        return min([size for size, _ in _arrays(self.shape)][:2], default=0)
+
+    def group(self, devices: int) -> tuple[int, ...]:
+        """The devices of the first group of this collective, of ``devices`` in all."""
+        return _first_group(self.attributes, devices)
 
 
 @dataclass(frozen=True)
@@ -191,19 +197,24 @@ def _bits(kind: str) -> int:
     return int(match.group(1)) if match else 0
 
 
-def _group_size(attributes: str, devices: int) -> int:
+def _first_group(attributes: str, devices: int) -> tuple[int, ...]:
     """From the four ways in which HLO writes groups; all devices where none is written."""
-    explicit = re.search(r"replica_groups=\{\{([\d,]*)\}", attributes)
+    explicit = re.search(r"(?:replica_groups|source_target_pairs)=\{\{([\d,]*)\}", attributes)
     if explicit:
-        return len(explicit.group(1).split(","))
-    iota = re.search(r"replica_groups=\[(\d+),(\d+)\]<=", attributes)
+        return tuple(map(int, explicit.group(1).split(",")))
+    iota = re.search(r"replica_groups=\[\d+,(\d+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?", attributes)
     if iota:
-        return int(iota.group(2))
+        shape = [int(n) for n in iota.group(2).split(",")]
+        order = [int(n) for n in iota.group(3).split(",")] if iota.group(3) else None
+        ids = np.arange(math.prod(shape)).reshape(shape).transpose(order).reshape(-1)
+        return tuple(ids[: int(iota.group(1))].tolist())
     mesh = re.search(r"replica_groups=mesh\[([^\]]*)\]\s*\{([^}]*)\}", attributes)
     if mesh:
-        sizes = dict(re.findall(r"'([^']+)'=(\d+)", mesh.group(1)))
-        return math.prod(int(sizes[axis]) for axis in re.findall(r"'([^']+)'", mesh.group(2)))
-    return 2 if "source_target_pairs" in attributes else devices
+        sizes = {axis: int(size) for axis, size in re.findall(r"'([^']+)'=(\d+)", mesh.group(1))}
+        taking_part = set(re.findall(r"'([^']+)'", mesh.group(2)))
+        ids = np.arange(math.prod(sizes.values())).reshape(list(sizes.values()))
+        return tuple(ids[tuple(slice(None) if axis in taking_part else 0 for axis in sizes)].reshape(-1).tolist())
+    return tuple(range(devices))
 
 
 def _frames(text: str) -> dict[int, tuple[str, str, int, int]]:

@@ -85,7 +85,7 @@ def test_a_loops_body_counts_as_often_as_it_runs_and_nested_loops_multiply():
 def test_a_collective_takes_the_time_its_bytes_need_on_the_links():
     line = "ROOT %g = bf16[1000000,8]{1,0} all-gather(%x), replica_groups=[1,8]<=[8], dimensions={0}"
     cost = costs.read(program(X, line), V6E)
-    expected = collective_seconds("all-gather", 16_000_000, 8, V6E) * CLOCK
+    expected = collective_seconds("all-gather", 16_000_000, (2, 4), V6E) * CLOCK
     assert cost.by_category()["collectives"] == pytest.approx(expected)
     assert cost.collective_bytes == 16_000_000
 
@@ -100,7 +100,7 @@ def test_of_a_collective_beside_the_computation_only_the_wait_counts():
         )
         return costs.read(program(*lines), V6E)
 
-    whole = collective_seconds("all-gather", 16_000_000, 8, V6E) * CLOCK
+    whole = collective_seconds("all-gather", 16_000_000, (2, 4), V6E) * CLOCK
     assert cost_with(1000).by_category()["collectives"] == pytest.approx(whole - 1000)
     assert cost_with(10**9).by_category()["collectives"] == 0
 
@@ -117,6 +117,17 @@ def test_copies_beside_the_computation_share_the_memorys_bandwidth():
     one = 32_000_000 / V6E.generation.hbm_bandwidth * CLOCK
     assert cost.by_category()["relayout"] == pytest.approx(2 * one)
     assert cost.hbm_bytes == 2 * 32_000_000
+
+
+def test_a_slice_copied_beside_the_computation_moves_its_own_bytes_alone():
+    lines = (
+        X,
+        "%s = ((f32[1000000,8]{1,0}), f32[1000,8]{1,0:S(1)}, s32[]) slice-start(%x), slice={[0:1000], [0:8]}",
+        "ROOT %d = f32[1000,8]{1,0:S(1)} slice-done(%s)",
+    )
+    cost = costs.read(program(*lines), V6E)
+    assert cost.hbm_bytes == 32_000
+    assert cost.cycles == pytest.approx(32_000 / V6E.generation.hbm_bandwidth * CLOCK)
 
 
 def test_one_layers_slice_of_stacked_weights_reads_one_layer():
@@ -152,16 +163,21 @@ def test_a_kernel_nobody_knows_anything_of_counts_nothing_and_is_named():
 
 
 def test_collectives_of_one_chip_take_no_time():
-    assert collective_seconds("all-reduce", 10**9, 1, V6E) == 0
+    assert collective_seconds("all-reduce", 10**9, (), V6E) == 0
 
 
 def test_an_all_to_all_is_held_up_by_the_cut_through_the_slice():
     # 8 GB: half the chips send half of 1 GB each over two links of 90 GB/s.
-    assert collective_seconds("all-to-all", 10**9, 8, V6E) == pytest.approx(4 * 0.5e9 / (2 * 90e9), rel=1e-2)
+    assert collective_seconds("all-to-all", 10**9, (2, 4), V6E) == pytest.approx(4 * 0.5e9 / (2 * 90e9), rel=1e-2)
+
+
+def test_an_all_to_all_within_squares_passes_more_links_than_along_a_line():
+    square, line = (collective_seconds("all-to-all", 10**9, grid, V6E) for grid in ((2, 2), (4,)))
+    assert line == pytest.approx(2 * square, rel=1e-2)
 
 
 def test_an_all_reduce_takes_twice_an_all_gather():
-    gather, reduce = (collective_seconds(kind, 10**9, 8, V6E) for kind in ("all-gather", "all-reduce"))
+    gather, reduce = (collective_seconds(kind, 10**9, (2, 4), V6E) for kind in ("all-gather", "all-reduce"))
     assert reduce == pytest.approx(2 * gather)
 
 

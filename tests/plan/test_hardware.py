@@ -52,3 +52,26 @@ def test_a_compiler_that_cannot_is_an_error_that_names_the_topology_and_the_pack
 def test_flop_per_cycle_and_clock_make_the_published_peak(name, teraflops):
     generation = GENERATIONS[name]
     assert generation.peak_flops * generation.devices_per_chip == pytest.approx(teraflops * 1e12, rel=2e-3)
+
+
+@pytest.mark.parametrize("name", ["v6e:1x2", "v6e:2x4", "v6e:4x4", "v5p:2x2x2", "v5p:2x2x4", "v4:4x4x2", "tpu7x:2x2x1"])
+def test_devices_are_counted_as_jax_counts_them(name):
+    topology = parse(name)
+    described = [(*device.coords[: len(topology.shape)], device.core_on_chip) for device in describe_devices(topology)]
+    assert [topology.position(number) for number in range(topology.devices)] == described
+
+
+@pytest.mark.parametrize(
+    ("name", "devices", "grid"),
+    [
+        ("v6e:2x4", range(8), (2, 4)),
+        ("v6e:2x4", (0, 1, 2, 3), (2, 2)),
+        ("v6e:2x4", (4, 5, 6, 7), (2, 2)),
+        ("v6e:2x4", (0, 2, 4, 6), (4,)),
+        ("v6e:2x4", (0, 4), (2,)),  # not neighbours
+        ("v6e:2x4", (3,), ()),
+        ("tpu7x:2x2x1", (0, 1, 2, 3), (2, 2)),
+    ],
+)
+def test_a_group_of_devices_is_the_box_it_fills_or_a_line(name, devices, grid):
+    assert parse(name).grid_of(devices) == grid

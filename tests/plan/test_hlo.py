@@ -68,18 +68,21 @@ def test_bytes_count_every_array_of_a_tuple_and_can_leave_out_vector_memory():
 
 
 @pytest.mark.parametrize(
-    ("groups", "size"),
+    ("groups", "first"),
     [
-        ("replica_groups={{0,1,2,3},{4,5,6,7}}", 4),
-        ("replica_groups=[2,4]<=[8]", 4),
-        ("replica_groups=mesh['axis_0'=1,'axis_1'=8,'axis_2'=1] {'axis_1'}", 8),
-        ("replica_groups=mesh['axis_0'=2,'axis_1'=4] {'axis_0','axis_1'}", 8),
-        ("source_target_pairs={{0,1},{1,0}}", 2),
-        ("channel_id=1", 8),
+        ("replica_groups={{0,4},{1,5},{2,6},{3,7}}", (0, 4)),
+        ("replica_groups=[2,4]<=[8]", (0, 1, 2, 3)),
+        ("replica_groups=[4,2]<=[2,4]T(1,0)", (0, 4)),
+        ("replica_groups=mesh['axis_0'=1,'axis_1'=8,'axis_2'=1] {'axis_1'}", tuple(range(8))),
+        ("replica_groups=mesh['axis_0'=2,'axis_1'=4] {'axis_1'}", (0, 1, 2, 3)),
+        ("replica_groups=mesh['axis_0'=2,'axis_1'=4] {'axis_0'}", (0, 4)),
+        ("replica_groups=mesh['axis_0'=2,'axis_1'=4] {'axis_0','axis_1'}", tuple(range(8))),
+        ("source_target_pairs={{0,1},{1,0}}", (0, 1)),
+        ("channel_id=1", tuple(range(8))),
     ],
 )
-def test_the_size_of_a_collectives_groups_is_read_in_every_notation(groups, size):
-    assert instruction(f"  %g = bf16[8]{{0}} all-gather(%x), {groups}, dimensions={{0}}").group_size(8) == size
+def test_a_collectives_groups_are_read_in_every_notation(groups, first):
+    assert instruction(f"  %g = bf16[8]{{0}} all-gather(%x), {groups}, dimensions={{0}}").group(8) == first
 
 
 def test_a_line_that_is_no_instruction_is_none():
