@@ -5,7 +5,8 @@ import importlib.util
 if importlib.util.find_spec("comfyui_tpu") is None:
     raise ImportError(
         "ComfyUI-Wan22-I2V-TPU needs the package comfyui-tpu in ComfyUI's Python environment. "
-        "Run `python3 setup.py install` in the repository ComfyUI-TPU, or `pip install /path/to/that/repository`."
+        "Run `python3 setup.py install` in a clone of its repository, or, with that environment's pip, "
+        "`pip install '/path/to/the/clone[tpu,monitor]'`."
     )
 
 from .nodes import comfy_entrypoint

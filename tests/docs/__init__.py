@@ -1,0 +1,1 @@
+"""What the READMEs and pages say is true, and the packs install one by one as they say."""
