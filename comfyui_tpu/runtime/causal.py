@@ -19,6 +19,7 @@ import torch
 
 from comfyui_tpu.runtime import bridge
 from comfyui_tpu.runtime.device_module import DeviceModule
+from comfyui_tpu.runtime.registry import registry
 from comfyui_tpu.runtime.reporting import current_reporter
 
 
@@ -45,7 +46,9 @@ class Chunking:
 
 def run(module: DeviceModule, chunking: Chunking, x: torch.Tensor) -> torch.Tensor:
     """``x`` ``[B, C, T, H, W]`` (CPU) through all chunks; returns ``[B, C', T', H', W']`` (CPU, float32)."""
-    return torch.cat(list(_chunks(module, chunking, x)), dim=2)
+    # From the first chunk again if memory runs out: a failed chunk may have consumed the state it was given.
+    what = f"{chunking.stage} with the {module.spec.name} of {module.folder.parent.name}"
+    return registry().run_with_room(lambda: torch.cat(list(_chunks(module, chunking, x)), dim=2), what)
 
 
 def _chunks(module: DeviceModule, chunking: Chunking, x: torch.Tensor) -> Iterator[torch.Tensor]:

@@ -25,8 +25,9 @@ import torch
 from comfyui_tpu.runtime import bridge, loader, program, skeleton
 from comfyui_tpu.runtime.checkpoint import Checkpoint, read_config
 from comfyui_tpu.runtime.errors import CheckpointError
+from comfyui_tpu.runtime.memory import simulate_allocation
 from comfyui_tpu.runtime.plan import Plan, mesh_of, sharding
-from comfyui_tpu.runtime.registry import registry
+from comfyui_tpu.runtime.registry import Need, registry
 from comfyui_tpu.runtime.reporting import current_reporter
 
 
@@ -152,17 +153,24 @@ class DeviceModule:
             The method's result with JAX arrays, ready (computation finished).
         """
         current_reporter().check_cancelled()
-        placed = self._placed(inputs)
+        placed = registry().run_with_room(lambda: self._placed(inputs), what=f"placing inputs of the {self.spec.name}")
         if self.rehearsal is not None:
             return self.rehearsal(self, method, placed, donate)
         kept = {name: value for name, value in placed.items() if name not in donate}
         given = {name: value for name, value in placed.items() if name in donate}
         label = f"{self.spec.name} of {self.folder.parent.name}"
-        with registry().lease(self.key, label, self._load, self.bytes_per_device) as params:
+        # Compiled before the weights are loaded: the compiler knows how much room the call needs beside them.
+        with registry().explained(f"compiling the {label}", Need(self.devices, self.bytes_per_device)):
             executable = self._program(method, program.abstract(kept), program.abstract(given))
-            work = lambda: jax.block_until_ready(executable.run(dict(params), kept, given))  # noqa: E731
+        need = Need(self.devices, self.bytes_per_device, executable.workspace_bytes)
+        with registry().lease(self.key, label, self._load, need) as params:
+
+            def work() -> Any:
+                simulate_allocation(self.devices, need.workspace)
+                return jax.block_until_ready(executable.run(dict(params), kept, given))
+
             # A failed run may already have consumed what it was given, so only runs without donations can be repeated.
-            return registry().run_with_room(work, what=f"running the {label}", repeatable=not given)
+            return registry().run_with_room(work, what=f"running the {label}", repeatable=not given, need=need)
 
     def output_shapes(self, method: str, inputs: Mapping[str, Any]) -> Any:
         """Shapes and dtypes of what :meth:`run` would return, without computing it."""
@@ -296,10 +304,13 @@ class DeviceModule:
             )
             for name, weight in self.skeleton.weights.items()
         }
+        shapes_of_sources = {name: target.source_shape for target in targets.values() for name in target.sources}
+        checkpoint = checkpoint.viewed(shapes_of_sources)
         arrays = loader.load(checkpoint, targets, ignore=self._unused_names(targets), stage=f"loading {self.spec.name}")
-        for name, tensor in self.skeleton.computed.items():
-            # A copy: on the CPU backend device_put may share memory with the torch buffer.
-            arrays[name] = jax.device_put(bridge.to_numpy(tensor).copy(), shapes[name].sharding)
+        with loader.deleted_on_error(arrays):
+            for name, tensor in self.skeleton.computed.items():
+                # A copy: on the CPU backend device_put may share memory with the torch buffer.
+                arrays[name] = jax.device_put(bridge.to_numpy(tensor).copy(), shapes[name].sharding)
         return arrays
 
     def _unused_names(self, targets: Mapping[str, loader.Target]) -> list:

@@ -16,6 +16,7 @@ import threading
 from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -24,6 +25,7 @@ from jax.sharding import NamedSharding, PartitionSpec, Sharding, SingleDeviceSha
 
 from comfyui_tpu.runtime.checkpoint import Checkpoint, TensorInfo
 from comfyui_tpu.runtime.errors import CheckpointError, InvalidInput, PlanError
+from comfyui_tpu.runtime.memory import simulate_allocation
 from comfyui_tpu.runtime.reporting import current_reporter
 
 _BLOCK_BYTES = 8 << 20  # rows read at a time: small enough for the cache, large enough for the disk
@@ -85,7 +87,8 @@ def load(
 
     Everything that can be checked is checked before a weight is read. This process reads only what its devices need,
     and what several of them need only once. Host memory grows by at most ``readers`` tensors (in the target's dtype)
-    beyond the device arrays. Progress is reported in tensors under ``stage``; Cancel is noticed between tensors.
+    beyond the device arrays. Progress is reported in tensors under ``stage`` (with the shard's number where there are
+    several); Cancel is noticed between tensors.
 
     Args:
         ignore: patterns (``search``) of checkpoint tensors that may stay unused.
@@ -101,24 +104,39 @@ def load(
         raise InvalidInput(f"expected at least 1 reader; got {readers}")
     _check_names(checkpoint, targets, list(ignore))
     jobs = _jobs(checkpoint, targets)
+    shards = _stages(stage, jobs)
     reporter = current_reporter()  # readers run in other threads, which have no reporter
     arrays: dict[str, jax.Array] = {}
     try:
-        with contextlib.closing(_read_ahead(checkpoint, jobs, readers)) as read:
+        with deleted_on_error(arrays), contextlib.closing(_read_ahead(checkpoint, jobs, readers)) as read:
             for done, (job, array) in enumerate(read, start=1):
                 _place(job, array, arrays)
-                reporter.progress(stage, done, len(jobs))
+                reporter.progress(shards[job.info.file], done, len(jobs))
                 reporter.check_cancelled()
-    except BaseException:
-        # Not left to the garbage collector: the exception's traceback may keep them alive for long.
-        for array in arrays.values():
-            array.delete()
-        raise
     finally:
         for job in jobs:
             if job.stack is not None:
                 job.stack.drop()
     return arrays
+
+
+@contextlib.contextmanager
+def deleted_on_error(arrays: dict[str, jax.Array]) -> Iterator[None]:
+    """Delete ``arrays`` if the ``with`` block raises: the exception's traceback may keep them alive for long."""
+    try:
+        yield
+    except BaseException:
+        for array in arrays.values():
+            array.delete()
+        raise
+
+
+def _stages(stage: str, jobs: list[_Job]) -> dict[Path, str]:
+    """Shard → the stage's name while it is read; of several shards each has its number."""
+    files = sorted({job.info.file for job in jobs})
+    if len(files) < 2:
+        return dict.fromkeys(files, stage)
+    return {file: f"{stage} (shard {number} of {len(files)})" for number, file in enumerate(files, start=1)}
 
 
 @dataclass(frozen=True)
@@ -290,6 +308,8 @@ def _on_devices(
     devices_of: Mapping[Box, list[jax.Device]],
 ) -> jax.Array:
     """One array from its slices. On the CPU backend it may live in their very memory: they must not change any more."""
+    for box, devices in devices_of.items():
+        simulate_allocation(devices, slices[box].nbytes)
     shards = [jax.device_put(slices[box], device) for box, devices in devices_of.items() for device in devices]
     return jax.block_until_ready(jax.make_array_from_single_device_arrays(tuple(shape), sharding, shards))
 

@@ -22,11 +22,15 @@ _lock = threading.RLock()
 
 @dataclass(frozen=True)
 class Program:
-    """An executable ``run(params, kept, given)`` and how long it took to build (seconds)."""
+    """An executable ``run(params, kept, given)`` and how long it took to build (seconds).
+
+    ``workspace_bytes``: what it takes on each device beside its arguments: temporaries, and outputs that reuse none.
+    """
 
     run: Callable[[dict[str, jax.Array], Any, Any], Any]
     trace_seconds: float
     compile_seconds: float
+    workspace_bytes: int = 0
 
 
 def abstract(tree: Any) -> Any:
@@ -71,6 +75,14 @@ def program(key: Hashable, label: str, make_lowered: Callable[[], jax.stages.Low
         reporter.check_cancelled()
         compiled = lowered.compile()
         done = time.perf_counter()
-        _programs[key] = Program(compiled, traced - start, done - traced)
+        _programs[key] = Program(compiled, traced - start, done - traced, _workspace_bytes(compiled))
         reporter.message(f"compiled {label} in {done - start:.1f} s")
         return _programs[key]
+
+
+def _workspace_bytes(compiled: jax.stages.Compiled) -> int:
+    """Temporaries and new outputs by the compiler's own figures; 0 where the backend has none."""
+    found = compiled.memory_analysis()
+    if found is None:
+        return 0
+    return max(found.temp_size_in_bytes + found.output_size_in_bytes - found.alias_size_in_bytes, 0)

@@ -10,6 +10,7 @@ import torch
 pytestmark = pytest.mark.server
 
 SAMPLER, DECODER = "3", "4"
+LOADING = r"loading {}( \(shard \d+ of \d+\))? \d+/\d+"
 
 
 def run_and_load(server, prompt, *names):
@@ -68,18 +69,19 @@ def test_the_demo_makes_the_video_and_shows_what_it_does(server, demo):
     assert {image.format for image in run.previews} == {"JPEG"}
 
 
-def test_a_first_run_shows_loading_and_compiling_before_the_steps(server, nodes):
+def test_a_first_run_shows_compiling_and_loading_before_the_steps(server, nodes):
     server.post("/free", {"unload_models": True, "free_memory": True})
     only_sampler(nodes)
     # The one run of this session with k_smooth: its program is not compiled yet.
     nodes[SAMPLER]["inputs"].update(num_inference_steps=2, k_smooth=True)
     run = server.run(nodes)
     assert run.succeeded, run.why
-    assert any(re.fullmatch(r"loading text_encoder \d+/\d+", text) for text in run.texts_of("2"))
+    assert any(re.fullmatch(LOADING.format("text_encoder"), text) for text in run.texts_of("2"))
     texts = run.texts_of(SAMPLER)
-    loading = [i for i, text in enumerate(texts) if re.fullmatch(r"loading transformer \d+/\d+", text)]
+    loading = [i for i, text in enumerate(texts) if re.fullmatch(LOADING.format("transformer"), text)]
     compiling = [i for i, text in enumerate(texts) if text.startswith("compiling transformer")]
-    assert loading[0] < compiling[0] < texts.index("step 1/2")
+    # The compiler's figures decide whether there is room for the weights.
+    assert compiling[0] < loading[0] < texts.index("step 1/2")
 
 
 def test_the_full_pipeline_gives_the_frames_of_the_three_nodes(server, nodes):

@@ -348,7 +348,10 @@ def test_progress_counts_tensors_in_the_callers_thread(tmp_path):
     checkpoint, targets = ten_plain_and_a_stack(tmp_path)
     with reporting(Recorder()) as recorder:
         load(checkpoint, targets, stage="loading vae")
-    assert recorder.seen == [("loading vae", done, 20) for done in range(1, 21)]
+    assert [done for _, done, _ in recorder.seen] == list(range(1, 21))
+    assert {total for _, _, total in recorder.seen} == {20}
+    stages = list(dict.fromkeys(stage for stage, _, _ in recorder.seen))
+    assert stages == [f"loading vae (shard {number} of 3)" for number in (1, 2, 3)]
     assert recorder.threads == {threading.current_thread()}
 
 
