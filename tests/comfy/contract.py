@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -10,6 +11,34 @@ from bootstrap.workflow import to_api_prompt
 from tests.comfy.server import REPOSITORY
 
 Inputs = dict[str, tuple[str, dict]]
+
+
+# What vue-i18n reads as syntax; as text: {'@'}. Unescaped, the text is not shown, nor its node in Nodes 2.0.
+SYNTAX = "@{}|"
+
+
+def as_shown(texts: dict) -> dict:
+    """Translations as vue-i18n shows them. Fails for text that it cannot show."""
+    shown = {}
+    for key, value in texts.items():
+        if isinstance(value, dict):
+            shown[key] = as_shown(value)
+            continue
+        bare = re.sub(r"\{'[@{}|]'\}", "", value)
+        assert not set(SYNTAX) & set(bare), f"{key}: write {{'@'}} for @ and so on: {value!r}"
+        shown[key] = re.sub(r"\{'(.)'\}", r"\1", value)
+    return shown
+
+
+def table_names(page: str, heading: tuple[str, ...]) -> set[str]:
+    """The names in code font in the first column of the table below a heading that starts so."""
+    found, inside = set(), False
+    for line in page.splitlines():
+        if line.startswith("#"):
+            inside = line.startswith(tuple(f"## {each}" for each in heading))
+        elif inside and line.startswith("|"):
+            found.update(re.findall(r"`([^`]+)`", line.split("|")[1]))
+    return found
 
 
 @dataclass(frozen=True)
@@ -20,6 +49,17 @@ class Node:
     required: Inputs
     optional: Inputs
     outputs: list[tuple[str, str]]
+
+
+def _check_chinese(texts: dict, inputs: dict, outputs: int) -> None:
+    """A name and a tooltip for each input and output there is, and for no others."""
+    # The widget that the frontend adds below a seed has a name only.
+    control = {"control_after_generate"} & {key for spec in inputs.values() for key, given in spec[1].items() if given}
+    assert set(texts["inputs"]) == set(inputs) | control
+    assert set(texts["outputs"]) == {str(i) for i in range(outputs)}
+    for name, each in (texts["inputs"] | texts["outputs"]).items():
+        assert each["name"], name
+        assert each.get("tooltip") or name in control, name
 
 
 @dataclass(frozen=True)
@@ -46,7 +86,7 @@ class Contract:
     def check_texts(self, server, object_info: dict, node_id: str) -> None:
         info = object_info[node_id]
         served = server.get("/i18n")
-        english, chinese = (served[language]["nodeDefs"][node_id] for language in ("en", "zh"))
+        english, chinese = (as_shown(served[language]["nodeDefs"][node_id]) for language in ("en", "zh"))
         assert english["display_name"] == info["display_name"]
         assert english["description"] == info["description"] != ""
         assert chinese["display_name"]
@@ -58,12 +98,7 @@ class Contract:
         tooltips = [english["outputs"][str(i)]["tooltip"] for i in range(len(info["output"]))]
         assert tooltips == info["output_tooltips"]
         assert all(tooltips)
-        for name in inputs:
-            assert chinese["inputs"][name]["name"]
-            assert chinese["inputs"][name]["tooltip"]
-        for i in range(len(info["output"])):
-            assert chinese["outputs"][str(i)]["name"]
-            assert chinese["outputs"][str(i)]["tooltip"]
+        _check_chinese(chinese, inputs, len(info["output"]))
 
     def check_help_page(self, server, object_info: dict, node_id: str, language: str) -> None:
         """It lies where the frontend asks for it; it, or a node's page that it mentions, explains every input."""
@@ -81,6 +116,9 @@ class Contract:
         names = {**inputs["required"], **inputs.get("optional", {})}
         missing = [name for name in names if f"`{name}`" not in everything]
         assert not missing
+        outputs = set(object_info[node_id]["output_name"])
+        for heading, known in ((("Inputs", "输入"), set(names)), (("Output", "输出"), outputs)):
+            assert table_names(text, heading) <= known, f"{node_id}/{language}.md explains what the node does not have"
 
 
 def example_prompts(object_info: dict, pattern: str) -> dict[str, dict]:
