@@ -44,15 +44,13 @@ def in_process() -> InProcess:
     module = sys.modules.get("comfyui_tpu.runtime.registry")
     if module is None:
         return InProcess()
+    from comfyui_tpu.runtime.memory import device_memory
+
     registry = module.registry()
     devices = sorted(registry.devices(), key=lambda device: device.id)
-    chips = [_chip(index, device) for index, device in enumerate(devices) if device.platform != "cpu"]
-    return InProcess(registry.holdings(), tuple(chip for chip in chips if chip.hbm_total is not None))
-
-
-def _chip(index: int, device: Any) -> Chip:
-    stats: Mapping[str, int] = device.memory_stats() or {}
-    return Chip(index, stats.get("bytes_in_use"), stats.get("bytes_limit"))
+    known = [device_memory(device) for device in devices]
+    chips = [Chip(index, each.used, each.limit) for index, each in enumerate(known) if each is not None]
+    return InProcess(registry.holdings(), tuple(chips))
 
 
 @dataclass

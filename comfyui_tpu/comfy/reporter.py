@@ -34,12 +34,14 @@ class NodeReporter(Reporter):
         update_bar: Callable[[int, int, Preview | None], None],
         raise_if_cancelled: Callable[[], None],
         preview: Callable[[torch.Tensor], Preview | None] = lambda latents: None,
+        memory: Callable[[], str] = lambda: "",
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._show_text = show_text
         self._update_bar = update_bar
         self._raise_if_cancelled = raise_if_cancelled
         self._preview = preview
+        self._memory = memory
         self._clock = clock
         self._stage = ""
         self._last_update = float("-inf")
@@ -83,9 +85,10 @@ class NodeReporter(Reporter):
             self._show_text(self._step_text(info))
 
     def sampled(self, num_inference_steps: int, plan: str) -> str:
-        """Shows and returns the line that stays on the sampler's node: speed and the plan the runtime chose."""
+        """Shows and returns the line that stays on the sampler's node: speed, plan, and what is in memory."""
         speed = "" if self._seconds_per_step is None else f" · {self._seconds_per_step:.3g} s/step"
-        text = f"{num_inference_steps} steps{speed} · {plan}"
+        memory = self._memory()
+        text = f"{num_inference_steps} steps{speed} · {plan}" + (f" · {memory}" if memory else "")
         self.message(text)
         return text
 
@@ -105,6 +108,12 @@ def _clock_time(seconds: float) -> str:
     minutes, seconds = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}:{minutes:02}:{seconds:02}" if hours else f"{minutes}:{seconds:02}"
+
+
+def _memory() -> str:
+    from comfyui_tpu.runtime.registry import registry  # not at the top: a start of ComfyUI must not import JAX
+
+    return registry().describe()
 
 
 @contextlib.contextmanager
@@ -135,6 +144,7 @@ def node_progress(latent_format: str | None = None) -> Iterator[NodeReporter]:
         update_bar=bar.update_absolute,
         raise_if_cancelled=comfy.model_management.throw_exception_if_processing_interrupted,
         preview=latent_previewer(latent_format) if latent_format else lambda latents: None,
+        memory=_memory,
     )
     reporter.check_cancelled()
     with reporting(reporter):

@@ -28,6 +28,7 @@ def describe_sample(sample: dict) -> str:
     lines = [f"CPU {sample['cpu']:g} %", f"RAM {_space(sample['ram'])}"]
     lines += [f"Disk {disk['path']} {_space(disk)}" for disk in sample["disks"]]
     lines += [_chip(chip) for chip in sample["chips"]]
+    lines += [f"In memory: {label} {size / 2**30:.2f} GiB" for label, size in sample.get("held", {}).items()]
     reasons = {reason["text"] for reason in sample["unavailable"].values()}
     if not sample["chips"]:
         lines.append("TPU: not available")

@@ -154,15 +154,17 @@ class Registry:
                 entry = self._entries.get(key)
                 if entry is not None:
                     self._use(entry)
-            if entry is not None:
-                # Refusing is left to the devices here: part of what is taken may be given up by the call itself.
-                self._make_room(need.devices, need.workspace)
-                return entry
-            return self._load(key, label, load, need)
+            if entry is None:
+                return self._load(key, label, load, need)
+            try:
+                self._make_room(label, need, need.workspace)
+            except BaseException:
+                self._return(key, entry)
+                raise
+            return entry
 
     def _load(self, key: Hashable, label: str, load: Callable[[], Arrays], need: Need) -> _Entry:
-        self._refuse_impossible(label, need)
-        self._make_room(need.devices, need.weights + need.workspace)
+        self._make_room(label, need, need.weights + need.workspace)
         releases = self._releases
         arrays = self.run_with_room(load, what=f"loading the {label}", need=need)
         with self._lock:
@@ -184,24 +186,27 @@ class Registry:
 
     # --- room ---------------------------------------------------------------------------------------------------------
 
-    def _refuse_impossible(self, label: str, need: Need) -> None:
-        """OutOfDeviceMemory if what is known says no, before anything is evicted or loaded for nothing."""
-        needed = need.weights + need.workspace
-        if not _short(need.devices, needed, self._idle_bytes()):
+    def _make_room(self, label: str, need: Need, nbytes: int) -> None:
+        """Evict idle components, least recently used first, until ``nbytes`` more fit on each device (where they tell).
+
+        Raises:
+            OutOfDeviceMemory: there cannot be room. Nothing was evicted for it.
+        """
+        self._refuse_impossible(label, need, nbytes)
+        while nbytes and (short := _short(need.devices, nbytes, headroom=HEADROOM)):
+            if not self._evict_oldest(short):
+                return
+
+    def _refuse_impossible(self, label: str, need: Need, nbytes: int) -> None:
+        if not nbytes or not _short(need.devices, nbytes, self._idle_bytes()):
             return
         gc.collect()  # arrays in unreachable cycles, such as a failed prompt's traceback, still count as taken
-        if _short(need.devices, needed, self._idle_bytes()):
+        if _short(need.devices, nbytes, self._idle_bytes()):
             raise self._out_of_memory(f"The {label} does not fit into the devices' memory (HBM)", need)
 
     def _idle_bytes(self) -> Counter[jax.Device]:
         with self._lock:
             return sum((entry.bytes_on for entry in self._entries.values() if entry.users == 0), Counter())
-
-    def _make_room(self, devices: tuple[jax.Device, ...], nbytes: int) -> None:
-        """Evict idle components, least recently used first, until ``nbytes`` fit on each device (where they tell)."""
-        while nbytes and (short := _short(devices, nbytes, headroom=HEADROOM)):
-            if not self._evict_oldest(short):
-                return
 
     def _evict_oldest(self, devices: set[jax.Device]) -> bool:
         """Evict what lies on one of ``devices`` and was not used for the longest time; whether there was such."""

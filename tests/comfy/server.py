@@ -110,6 +110,11 @@ class ComfyServer:
             self._process.kill()
             self._process.wait()
 
+    def kill(self) -> None:
+        """SIGKILL: the process gets no chance to tidy up."""
+        self._process.kill()
+        self._process.wait()
+
     def _wait_until_it_answers(self) -> None:
         deadline = time.monotonic() + START_SECONDS
         while time.monotonic() < deadline:

@@ -300,3 +300,17 @@ def test_cpu_devices_of_the_real_registry_are_no_chips():
         registry().release_all()
     assert found.held["test weights"] == 1024
     assert found.chips == ()
+
+
+def test_a_budget_makes_a_cpu_device_a_chip(monkeypatch):
+    import jax.numpy as jnp
+
+    from comfyui_tpu.runtime.memory import BUDGET_VARIABLE
+    from comfyui_tpu.runtime.registry import registry
+
+    monkeypatch.setenv(BUDGET_VARIABLE, str(2**30))
+    with registry().lease("test-monitor", "test weights", lambda: {"w": jnp.zeros((256,), jnp.float32)}):
+        (chip,) = in_process().chips
+        registry().release_all()
+    assert chip.hbm_total == 2**30
+    assert 1024 <= chip.hbm_used < 2**30

@@ -142,6 +142,16 @@ def test_what_cannot_fit_is_refused_before_anything_is_loaded_or_evicted(chips):
         assert part in str(refused.value)
 
 
+def test_a_call_of_what_is_loaded_is_refused_too_and_leaves_it_evictable(chips):
+    registry = Registry()
+    first, _ = chips(registry, 4 * KIB)
+    use(registry, "a", on(first), Need((first,), KIB))
+    with pytest.raises(OutOfDeviceMemory, match="A does not fit"):
+        use(registry, "a", on(first), Need((first,), KIB, workspace=4 * KIB))
+    assert registry.holdings() == {"A": KIB}
+    assert registry.evict_idle() == KIB
+
+
 def test_what_others_hold_in_garbage_is_collected_before_a_refusal(monkeypatch):
     registry, first = Registry(), jax.devices()[0]
     monkeypatch.setenv(BUDGET_VARIABLE, str(live_bytes(first) + 8 * KIB))
