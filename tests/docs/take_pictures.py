@@ -35,7 +35,7 @@ FIT = """(side) => {
 
 
 # Without the row of tabs and the empty canvas below.
-PART = {"x": 0, "y": 38, "width": 1680, "height": 530}
+PART = {"x": 0, "y": 38, "width": 1680, "height": 600}
 
 
 def keep(page, name: str) -> None:

@@ -223,7 +223,7 @@ def check_python(words: list[str]) -> None:
         for path in (word.split("::")[0] for word in rest if "/" in word):
             assert (REPOSITORY / path).exists(), path
     else:
-        assert module in ("tests.docs.tables", "ruff", "hatchling"), words
+        assert module in ("tests.docs.tables", "bootstrap.examples", "ruff", "hatchling"), words
 
 
 def check_bench(given: argparse.Namespace) -> None:
