@@ -116,6 +116,16 @@ def test_the_performance_page_names_the_benchmarks_defaults_and_the_hardwares_me
         assert f"{generation.hbm_bytes / tables.GIB:.2f}" in text, generation.name
 
 
+def test_the_estimates_are_those_of_the_calibration_page():
+    """Figures live in docs/figures.json; the calibration page says what they consist of."""
+    text = page("docs/calibration.md").text
+    found = tables.figures()
+    for row in [*found["steps"], found["decode"]]:
+        (line,) = [line for line in text.splitlines() if line.startswith(f"| {row['model']},")]
+        assert f"| {row['estimate']:.2f} s |" in line or f"| {row['estimate']:g} s" in line, row["model"]
+        assert f"| {row['published']:g} s" in line, row["model"]
+
+
 def test_every_model_named_is_a_published_one():
     published = {entry.repository for entry in catalogue.CATALOGUE.values()} | {"zai-org/CogVideoX-2b"}
     for name in PAGES:
