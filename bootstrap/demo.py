@@ -29,6 +29,8 @@ from .workflow import WorkflowError, to_api_prompt
 RUN_SECONDS = 420.0
 VIDEO_SUFFIXES = (".mp4", ".webm", ".mkv", ".mov")
 PICTURE_SUFFIXES = (".png",)
+# Nodes with a file of ComfyUI's input folder.
+LOADERS = ("LoadImage", "LoadImageWithMetadataTPU")
 # Inputs that say how many frames or pictures a node makes, in our packs and in core.
 FRAME_INPUTS = ("num_frames", "length", "batch_size")
 
@@ -72,17 +74,17 @@ def run(console: Console, comfyui: Path, base: Path, example: Path) -> Path:
 
 def judge(console: Console, prompt: dict, outputs: dict, folder: Path) -> Path:
     """The video the prompt saved, or else its (last) picture, if it is what the workflow asked for."""
-    videos, images = (saved_files(outputs, folder, suffixes) for suffixes in (VIDEO_SUFFIXES, PICTURE_SUFFIXES))
+    videos, images = (saved_files(outputs, folder, kind) for kind in (VIDEO_SUFFIXES, PICTURE_SUFFIXES))
     if videos:
         node_id, video = videos[-1]
         found = measure(video)
-        compare(found, asked_for(prompt, node_id), video)
+        compare(found, asked_for(prompt, node_id, folder.with_name("input")), video)
         console.say("= {} frames of {} x {}, {:.0f} fps: as the workflow asked".format(*found))
         return video
     if images:
         node_id, picture = images[-1]
         found = measure_pictures([path for node, path in images if node == node_id])
-        compare(found, asked_for(prompt, node_id), picture, "pictures")
+        compare(found, asked_for(prompt, node_id, folder.with_name("input")), picture, "pictures")
         console.say("= {} picture(s) of {} x {}: as the workflow asked".format(*found))
         return picture
     raise SetupError(f"the example ran, but saved no video or picture; its outputs: {json.dumps(outputs)[:1000]}")
@@ -127,8 +129,8 @@ def ensure_checkpoint(console: Console, name: str, target: Path, log: Path) -> N
 
 
 def pictures(prompt: dict) -> list[str]:
-    """The files in ComfyUI's input folder that the prompt's Load Image nodes ask for."""
-    found = {n["inputs"].get("image") for n in prompt.values() if n["class_type"] == "LoadImage"}
+    """The files in ComfyUI's input folder that the prompt's nodes load."""
+    found = {n["inputs"].get("image") for n in prompt.values() if n["class_type"] in LOADERS}
     return sorted(name for name in found if isinstance(name, str))
 
 
@@ -257,8 +259,10 @@ def measure_pictures(files: list[Path]) -> tuple[int, int, int]:
     return len(files), *sizes.pop()
 
 
-def asked_for(prompt: dict, node_id: str) -> tuple[int, int, int]:
-    """(frames, width, height) set by the node that makes the pictures: the nearest one upstream that has all three."""
+def asked_for(prompt: dict, node_id: str, loaded: Path = Path("input")) -> tuple[int, int, int]:
+    """(frames, width, height) of the node the pictures come from: the nearest one upstream that sets all three, or
+    that loads a picture from the folder `loaded`.
+    """
     queue, seen = [node_id], set()
     while queue:
         current = queue.pop(0)
@@ -269,6 +273,8 @@ def asked_for(prompt: dict, node_id: str) -> tuple[int, int, int]:
         frames = next((inputs[name] for name in FRAME_INPUTS if isinstance(inputs.get(name), int)), None)
         if frames is not None and isinstance(inputs.get("width"), int) and isinstance(inputs.get("height"), int):
             return frames, inputs["width"], inputs["height"]
+        if prompt[current].get("class_type") in LOADERS:
+            return measure_pictures([loaded / inputs["image"]])
         queue += [value[0] for value in inputs.values() if isinstance(value, list)]
     raise SetupError(f"no node before node {node_id} says how many frames of what size it makes")
 

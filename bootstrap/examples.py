@@ -49,6 +49,15 @@ def thumbnail(name: str) -> Path:
     return copy_in_pack(name).with_suffix(".jpg")
 
 
+def listed() -> str:
+    """What a user may choose from."""
+    others = ", ".join(name for name in PACKS if name not in DEMOS)
+    return (
+        f"Examples it can run: {', '.join(DEMOS)}.\n"
+        f"With real models, to be opened in ComfyUI (python3 setup.py run): {others}."
+    )
+
+
 def main() -> int:
     for name in PACKS:
         target, text = copy_in_pack(name), source(name).read_bytes()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -11,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from bootstrap import cli, comfyui, pythons
+from bootstrap import cli, comfyui, examples, pythons
 from bootstrap.console import Console, SetupError, clean_environment, run_logged
 from tests.setup.conftest import make_comfyui, tree
 
@@ -91,9 +92,13 @@ def test_bad_arguments_are_refused(arguments, said, capsys):
     assert said in capsys.readouterr().err
 
 
-def test_unknown_example_lists_those_that_exist(capsys):
-    assert cli.main(["demo", "--example", "no_such_one"]) == 1
-    assert "wan21_t2v_demo" in capsys.readouterr().err
+@pytest.mark.parametrize("name", ["no_such_one", "wan21_t2v_1.3b"])
+def test_unknown_example_lists_those_that_exist(name, capsys):
+    assert cli.main(["demo", "--example", name]) == 1
+    said = capsys.readouterr().err
+    can_run, real = re.search(r"it can run: (.*)\.\nWith real models.*: (.*)\.", said).groups()
+    assert can_run.split(", ") == sorted(examples.DEMOS)
+    assert sorted(can_run.split(", ") + real.split(", ")) == sorted(p.stem for p in (REPO / "examples").glob("*.json"))
 
 
 @pytest.mark.parametrize("command", ["install", "demo", "test", "run"])

@@ -95,6 +95,24 @@ def test_a_video_counts_before_the_pictures_saved_beside_it(tmp_path, console):
     assert demo.judge(console, PROMPT, outputs, tmp_path) == tmp_path / "a.mp4"
 
 
+@pytest.mark.parametrize(("size", "fits"), [((64, 48), True), ((48, 64), False)])
+def test_a_picture_that_was_loaded_is_saved_in_its_own_size(tmp_path, console, size, fits):
+    output, loaded = tmp_path / "output", tmp_path / "input"
+    output.mkdir()
+    loaded.mkdir()
+    Image.new("RGB", (64, 48)).save(loaded / "a.png")
+    prompt = {
+        "4": {"class_type": "LoadImageWithMetadataTPU", "inputs": {"image": "a.png"}},
+        "5": {"class_type": "SaveImageWithMetadataTPU", "inputs": {"image": ["4", 0]}},
+    }
+    outputs = save_pictures(output, size)
+    if fits:
+        assert demo.judge(console, prompt, outputs, output) == output / "flux2" / "0.png"
+    else:
+        with pytest.raises(SetupError, match=r"expected 1 pictures of 64 x 48 .* got 1 pictures of 48 x 64"):
+            demo.judge(console, prompt, outputs, output)
+
+
 @pytest.mark.parametrize(
     ("sizes", "message"),
     [
