@@ -12,6 +12,7 @@ import json
 from collections.abc import Iterator
 from pathlib import Path
 
+from comfyui_tpu.comfy.resumable import DownloadFailed, fetch
 from comfyui_tpu.runtime.errors import InvalidInput, ModelNotFound, TPUError
 from comfyui_tpu.runtime.reporting import Reporter, current_reporter
 
@@ -24,10 +25,6 @@ TIMEOUT_S = 10.0
 
 _COPY_HINT = "copy the checkpoint into a folder ComfyUI/models/diffusers/NAME and use NAME as model_id"
 _TOKEN_HINT = "create a token at https://huggingface.co/settings/tokens, set it as HF_TOKEN and restart ComfyUI"  # noqa: S105
-
-
-class DownloadFailed(TPUError):
-    """The Hub could not be reached, or the download broke off. What has arrived is kept."""
 
 
 def download_checkpoint(repo_id: str, revision: str | None) -> Path:
@@ -52,6 +49,8 @@ def download_checkpoint(repo_id: str, revision: str | None) -> Path:
         # File by file instead of one snapshot_download: the only way to stop between files and inside them.
         for number, path in enumerate(files, start=1):
             progress_bar = _progress_bar(reporter, f"downloading {number}/{len(files)} {path}")
+            fetch(repo_id, path, info.sha, TIMEOUT_S, progress_bar)
+            progress_bar.raise_if_cancelled()
             hf_hub_download(repo_id, path, revision=info.sha, etag_timeout=TIMEOUT_S, tqdm_class=progress_bar)
             progress_bar.raise_if_cancelled()
             reporter.progress(f"downloading {repo_id}, files", number, len(files))
@@ -146,11 +145,44 @@ def _explained_errors(repo_id: str, revision: str | None) -> Iterator[None]:
     """Turn the Hub client's errors into ones that say what to do; others (Cancel) pass through."""
     try:
         yield
+    except TPUError:
+        raise
     except Exception as error:
         explained = _explain(error, repo_id, repo_id if revision is None else f"{repo_id}@{revision}")
+        if _tells_token(error):
+            # Logs and pages show the message and the errors behind it: neither may hold the token.
+            raise (_bad_token(error) if explained is None else _without_token(explained)) from None
         if explained is None:
             raise
         raise explained from error
+
+
+def _token() -> str | None:
+    from huggingface_hub import get_token
+
+    try:
+        return get_token()
+    except Exception:  # no token is no reason to hide the error that is being explained
+        return None
+
+
+def _tells_token(error: BaseException | None) -> bool:
+    """Whether an error, or one behind it, quotes the token (an HTTP library does that with a header it refuses)."""
+    token = _token()
+    while token and error is not None:
+        if token in str(error) or token in repr(error.args):
+            return True
+        error = error.__cause__ or error.__context__
+    return False
+
+
+def _without_token(error: TPUError) -> TPUError:
+    return type(error)(str(error).replace(_token() or "\0", "<HF_TOKEN>"))
+
+
+def _bad_token(error: Exception) -> TPUError:
+    found = f"{type(error).__name__}: {error}"
+    return _without_token(DownloadFailed(f"The Hugging Face token cannot be used ({found}). Check HF_TOKEN."))
 
 
 def _explain(error: Exception, repo_id: str, name: str) -> TPUError | None:
@@ -176,12 +208,16 @@ def _explain(error: Exception, repo_id: str, name: str) -> TPUError | None:
         )
     if isinstance(error, errors.HFValidationError):
         return InvalidInput(f"model_id {name!r} is no valid Hugging Face repo id: {error}")
-    if isinstance(error, OSError) and error.errno == errno.ENOSPC:
-        return DownloadFailed(f"The disk is full: {name} could not be downloaded. Free space, or move HF_HOME.")
+    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+        where = f" ({error.filename})" if error.filename else ""
+        return DownloadFailed(
+            f"The disk is full: {name} could not be downloaded{where}. Free space, or set HF_HOME to a folder on a "
+            "larger disk, and queue again: what has arrived is kept."
+        )
     if _is_network_error(error):
         return DownloadFailed(
             f"{name} could not be downloaded from the Hugging Face Hub ({type(error).__name__}: {error}). "
-            "Check the network (or set HF_ENDPOINT to a mirror) and queue again: finished files are kept. "
+            "Check the network (or set HF_ENDPOINT to a mirror) and queue again: what has arrived is kept. "
             f"Without network, {_COPY_HINT}."
         )
     return None

@@ -18,6 +18,9 @@ class FakeHub:
         self.repos, self.gated = repos, gated
         self.requests: list[str] = []
         self.silent = False  # accept connections and never answer
+        self.cuts: dict[str, int] = {}  # path → bytes after which the connection breaks, once
+        self.tokens: set[str | None] = set()  # what came as Authorization
+        self.ranges: list[str] = []  # "PATH bytes=FROM-" of the requests that asked for a part
         hub = self
 
         class Handler(BaseHTTPRequestHandler):
@@ -45,15 +48,24 @@ class FakeHub:
 
     def _answer(self, request: BaseHTTPRequestHandler) -> None:
         self.requests.append(f"{request.command} {request.path}")
+        self.tokens.add(request.headers.get("Authorization"))
         if self.silent:
             time.sleep(60)
         status, headers, body = self._route(request.path.partition("?")[0].strip("/").split("/"))
+        path = request.path.partition("?")[0]
+        if status == 200 and request.command == "GET" and (wanted := request.headers.get("Range")):
+            self.ranges.append(f"{path} {wanted}")
+            start = int(wanted.removeprefix("bytes=").rstrip("-"))
+            headers = {**headers, "Content-Range": f"bytes {start}-{len(body) - 1}/{len(body)}"}
+            status, body = 206, body[start:]
         request.send_response(status)
         for name, value in {"Content-Length": str(len(body)), **headers}.items():
             request.send_header(name, value)
         request.end_headers()
         if request.command == "GET":
-            request.wfile.write(body)
+            cut = next((self.cuts.pop(end) for end in list(self.cuts) if path.endswith(end)), None)
+            request.wfile.write(body[:cut])
+            request.close_connection = cut is not None
 
     def _route(self, parts: list[str]) -> tuple[int, dict[str, str], bytes]:
         is_api = parts[:2] == ["api", "models"]

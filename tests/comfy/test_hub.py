@@ -1,6 +1,7 @@
 """Downloads from the Hugging Face Hub, against a small one on this machine; every failure says what to do."""
 
 import contextlib
+import hashlib
 import json
 import os
 import subprocess
@@ -12,7 +13,9 @@ from pathlib import Path
 import pytest
 
 from comfyui_tpu.comfy.hub import _progress_bar
+from comfyui_tpu.comfy.resumable import DownloadFailed, _check_room
 from comfyui_tpu.runtime.reporting import Reporter
+from tests.comfy import fake_hub
 from tests.comfy.fake_hub import SHA, FakeHub
 
 REPOSITORY = Path(__file__).resolve().parents[2]
@@ -39,12 +42,14 @@ FILES = {
     "transformer/diffusion_pytorch_model.bin": b"a pickle",
     "modeling_evil.py": b"code",
 }
+SHARD = "transformer/model-2.safetensors"
+LARGE = {**FILES, SHARD: b"2" * (30 * 2**20)}  # the Hub's client reads 10 MB at a time
 UNNEEDED = {"flux2-dev.safetensors", "image_encoder/model.safetensors"}
 ALLOWED = {name for name in FILES if not name.endswith((".md", ".bin", ".py"))} - UNNEEDED
 
 # One download in a process of its own: huggingface_hub reads its environment when it is imported.
 DRIVER = textwrap.dedent("""
-    import json, sys
+    import json, sys, traceback
     from comfyui_tpu.comfy import hub
     from comfyui_tpu.runtime.reporting import Reporter, reporting
 
@@ -66,6 +71,7 @@ DRIVER = textwrap.dedent("""
         with reporting(Recorder()):
             result = {"folder": str(hub.download_checkpoint(repo_id, revision))}
     except Exception as error:
+        traceback.print_exc()  # as ComfyUI does
         result = {"error": type(error).__name__, "message": str(error)}
     print(json.dumps({**result, "said": Recorder.said}))
 """)
@@ -94,6 +100,7 @@ def download(hub, tmp_path):
         arguments = [sys.executable, "-c", DRIVER, json.dumps([repo_id, revision, cancel_at, timeout])]
         done = subprocess.run(arguments, env=environment, capture_output=True, text=True, timeout=60)
         assert done.returncode == 0, done.stderr
+        run.output = done.stdout + done.stderr
         return json.loads(done.stdout.splitlines()[-1])
 
     return run
@@ -136,6 +143,77 @@ def test_cancel_stops_between_and_inside_files_and_the_next_run_goes_on(download
     hub.requests.clear()
     assert files_in(download("org/wan", revision)["folder"]) == ALLOWED
     assert not [line for line in hub.requests if line.startswith("GET") and line.endswith("model_index.json")]
+
+
+def test_a_file_goes_on_where_cancel_stopped_it_and_is_checked_in_the_end(download, hub, tmp_path):
+    hub.repos["org/wan"] = LARGE
+    assert download("org/wan", cancel_at="model-2.safetensors (MiB) 20/")["error"] == "Cancelled"
+    (part,) = (tmp_path / "hf").rglob("*.part")
+    have = part.stat().st_size
+    assert 0 < have < len(LARGE[SHARD])
+    folder = Path(download("org/wan")["folder"])
+    assert any(line.endswith(f"model-2.safetensors bytes={have}-") for line in hub.ranges)
+    assert (folder / SHARD).read_bytes() == LARGE[SHARD]
+    assert not [path for path in (tmp_path / "hf").rglob("*") if path.suffix in (".part", ".incomplete")]
+
+
+def test_a_connection_that_breaks_is_taken_up_again(download, hub):
+    hub.repos["org/wan"] = LARGE
+    hub.cuts[SHARD] = 25 * 2**20
+    folder = Path(download("org/wan")["folder"])
+    assert (folder / SHARD).read_bytes() == LARGE[SHARD]
+    assert len(hub.ranges) == 1
+
+
+def test_what_arrived_in_pieces_of_different_contents_is_not_used(download, hub, tmp_path, monkeypatch):
+    monkeypatch.setattr(fake_hub, "_etag", lambda body: hashlib.sha256(body).hexdigest())
+    hub.repos["org/wan"] = LARGE
+    download("org/wan", cancel_at="model-2.safetensors (MiB) 20/")
+    (part,) = (tmp_path / "hf").rglob("*.part")
+    with part.open("r+b") as file:
+        file.write(b"damage")
+    damaged = download("org/wan")
+    assert damaged["error"] == "DownloadFailed"
+    assert "transformer/model-2.safetensors of org/wan arrived damaged" in damaged["message"]
+    folder = Path(download("org/wan")["folder"])
+    assert (folder / SHARD).read_bytes() == LARGE[SHARD]
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs Linux' /dev/full, the file on a disk without room")
+def test_a_full_disk_names_the_file_and_the_next_run_goes_on(download, hub, tmp_path):
+    blobs = tmp_path / "hf" / "hub" / "models--org--wan" / "blobs"
+    blobs.mkdir(parents=True)
+    unfinished = blobs / f"{fake_hub._etag(FILES['transformer/model-2.safetensors'])}.part"
+    unfinished.symlink_to("/dev/full")
+    result = download("org/wan")
+    assert result["error"] == "DownloadFailed"
+    for part in ("disk is full", "transformer/model-2.safetensors of org/wan", str(blobs), "HF_HOME"):
+        assert part in result["message"]
+    unfinished.unlink()
+    assert files_in(download("org/wan")["folder"]) == ALLOWED
+
+
+def test_a_file_that_cannot_fit_is_refused_before_the_disk_is_full(tmp_path):
+    with pytest.raises(DownloadFailed, match=r"too full for a\.safetensors of org/wan: it takes 8388608\.00 GiB more"):
+        _check_room("a.safetensors of org/wan", tmp_path, 2**53)
+
+
+TOKEN = "hf_thisIsASecretThatNobodyMaySee"  # noqa: S105
+
+
+# With a character that no header may hold, the error quotes the header.
+@pytest.mark.parametrize("token", [TOKEN, f"{TOKEN}ü"])
+@pytest.mark.parametrize("repo_id", ["org/wan", "org/gated", "org/nothing"])
+def test_the_token_is_sent_and_neither_printed_nor_stored(download, hub, tmp_path, token, repo_id):
+    result = download(repo_id, HF_TOKEN=token, HF_DEBUG="0")
+    if token == TOKEN:
+        assert f"Bearer {TOKEN}" in hub.tokens
+    else:
+        assert result["error"] == "DownloadFailed"
+    shown = json.dumps(result) + download.output
+    stored = [path for path in tmp_path.rglob("*") if path.is_file() and TOKEN.encode() in path.read_bytes()]
+    assert TOKEN not in shown
+    assert stored == []
 
 
 def test_a_cancel_that_native_transfer_code_swallows_is_not_lost():
