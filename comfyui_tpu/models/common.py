@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
 import threading
 from collections import OrderedDict
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Self
 
 import torch
 
-from comfyui_tpu.runtime.checkpoint import read_config
+from comfyui_tpu.runtime.checkpoint import explained_settings, read_config
 from comfyui_tpu.runtime.device_module import DeviceModule
 from comfyui_tpu.runtime.errors import CheckpointError, InvalidInput, NumericsError
 from comfyui_tpu.runtime.plan import Plan
@@ -103,7 +105,9 @@ class OpenedModel:
         Raises:
             CheckpointError: it is not a complete checkpoint of this family in Diffusers layout.
         """
-        fresh = cls(folder, devices)
+        # Only settings are read here. Not RuntimeError: JAX raises it where there is no device.
+        with explained_settings(folder, ArithmeticError, AttributeError, LookupError, TypeError, ValueError):
+            fresh = cls(folder, devices)
         key = (cls, Path(folder).resolve(), *(component.key for component in fresh.components))
         with OpenedModel._opened_lock:
             opened = OpenedModel._opened
@@ -156,22 +160,35 @@ def load_scheduler(folder: Path, **changes: Any) -> Any:
     import diffusers
 
     name = read_config(folder / "scheduler", "scheduler_config.json").get("_class_name", "")
-    scheduler = getattr(diffusers, name, None)
+    scheduler = getattr(diffusers, name, None) if isinstance(name, str) else None
     if not (isinstance(scheduler, type) and issubclass(scheduler, diffusers.SchedulerMixin)):
         raise CheckpointError(f"{folder / 'scheduler'} names the scheduler {name!r}, which Diffusers does not have.")
-    plain = scheduler.from_pretrained(folder / "scheduler")
-    return scheduler.from_config(plain.config, **changes) if changes else plain
+    with explained_settings(folder / "scheduler"):
+        plain = scheduler.from_pretrained(folder / "scheduler")
+        return scheduler.from_config(plain.config, **changes) if changes else plain
 
 
 def load_tokenizer(folder: Path) -> Any:
     """The tokenizer of the checkpoint in ``folder``."""
     from transformers import AutoTokenizer
 
-    try:
+    with explained_tokenizer(folder / "tokenizer"):
         return AutoTokenizer.from_pretrained(folder / "tokenizer", local_files_only=True)
-    except (OSError, ValueError) as error:
+
+
+@contextlib.contextmanager
+def explained_tokenizer(folder: Path) -> Iterator[None]:
+    """CheckpointError for whatever reading a tokenizer's files raises, which may hold anything."""
+    try:
+        yield
+    except BaseException as error:
+        # The tokenizers library reads with Rust, whose panics derive from BaseException: one of them would end the
+        # thread that runs all prompts.
+        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+            raise
         raise CheckpointError(
-            f"The tokenizer in {folder / 'tokenizer'} cannot be loaded: {error} Download the checkpoint again."
+            f"The tokenizer in {folder} cannot be loaded: {type(error).__name__}: {str(error)[:300]}. Download the "
+            "checkpoint again."
         ) from error
 
 

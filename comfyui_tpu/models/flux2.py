@@ -23,6 +23,7 @@ from comfyui_tpu.models.common import (
     StepInfo,
     Task,
     check_side,
+    explained_tokenizer,
     finite,
     load_scheduler,
     read_model_index,
@@ -218,12 +219,8 @@ class Flux2(OpenedModel):
         from transformers import PixtralProcessor
 
         folder = self.folder / "tokenizer"
-        try:
+        with explained_tokenizer(folder):
             processor = PixtralProcessor.from_pretrained(folder, local_files_only=True)
-        except (OSError, ValueError) as error:
-            raise CheckpointError(
-                f"The tokenizer in {folder} cannot be loaded: {error} Download the checkpoint again."
-            ) from error
         if not processor.chat_template:
             raise CheckpointError(
                 f"{folder} has no chat template (chat_template.jinja). Download the checkpoint again."

@@ -7,12 +7,13 @@ numpy and the standard library are used, and nothing in a checkpoint is ever exe
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import os
 import re
 import weakref
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
@@ -21,7 +22,7 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
-from comfyui_tpu.runtime.errors import CheckpointError
+from comfyui_tpu.runtime.errors import CheckpointError, TPUError
 
 DTYPES: Mapping[str, np.dtype] = MappingProxyType(
     {
@@ -43,6 +44,9 @@ DTYPES: Mapping[str, np.dtype] = MappingProxyType(
     }
 )
 MAX_HEADER_BYTES = 100_000_000  # the limit of the format's own reader
+# No real setting is larger: vocabularies have some 260,000 words, contexts a million tokens. Frequencies of rotary
+# embeddings ("theta") are not sizes. Modules are built by these numbers: larger ones would fill the host's memory.
+MAX_SETTING = 2**21
 
 _STEMS = ("diffusion_pytorch_model", "model")  # what Diffusers and transformers call weight files
 _SHARD = re.compile(r"-(\d{5})-of-(\d{5})\.safetensors$")
@@ -128,7 +132,37 @@ def read_config(folder: Path, name: str = "config.json") -> dict[str, Any]:
     path = Path(folder) / name
     if not path.is_file():
         raise CheckpointError(f"expected a component's settings in {path}; got no such file. {_download_hint(folder)}")
-    return _load_json(path, _File(path).read_all())
+    config = _load_json(path, _File(path).read_all())
+    _check_numbers(path, config)
+    return config
+
+
+def _check_numbers(path: Path, value: Any, name: str = "") -> None:
+    if isinstance(value, dict):
+        for key, each in value.items():
+            _check_numbers(path, each, key)
+    elif isinstance(value, list):
+        for each in value:
+            _check_numbers(path, each, name)
+    elif type(value) is int and abs(value) > MAX_SETTING and "theta" not in name:
+        raise CheckpointError(f"{path}: expected {name!r} to be at most {MAX_SETTING}; got {str(value)[:40]}. {_AGAIN}")
+
+
+@contextlib.contextmanager
+def explained_settings(folder: Path, *kinds: type[Exception]) -> Iterator[None]:
+    """Turn exceptions of ``kinds`` (any, if none) into a CheckpointError: settings in ``folder`` that make no sense.
+
+    For code that builds things by a checkpoint's JSON files, which may hold anything.
+    """
+    try:
+        yield
+    except TPUError:
+        raise
+    except kinds or Exception as error:
+        raise CheckpointError(
+            f"The settings in {folder} cannot be used ({type(error).__name__}: {str(error)[:300]}). The files are "
+            "damaged, or they describe another model than this node runs: download the checkpoint again."
+        ) from error
 
 
 class _File:

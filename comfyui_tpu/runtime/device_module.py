@@ -23,7 +23,7 @@ import numpy as np
 import torch
 
 from comfyui_tpu.runtime import bridge, loader, program, skeleton
-from comfyui_tpu.runtime.checkpoint import Checkpoint, read_config
+from comfyui_tpu.runtime.checkpoint import Checkpoint, explained_settings, read_config
 from comfyui_tpu.runtime.errors import CheckpointError
 from comfyui_tpu.runtime.memory import simulate_allocation
 from comfyui_tpu.runtime.plan import Plan, mesh_of, sharding
@@ -121,7 +121,8 @@ class DeviceModule:
 
     @functools.cached_property
     def skeleton(self) -> skeleton.Skeleton:
-        return skeleton.build(functools.partial(self.spec.build, self.raw_config), self.spec.stacked)
+        with explained_settings(self.folder):
+            return skeleton.build(functools.partial(self.spec.build, self.raw_config), self.spec.stacked)
 
     @property
     def config(self) -> Any:

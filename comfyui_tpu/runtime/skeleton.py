@@ -44,13 +44,24 @@ class Skeleton:
     computed: dict[str, torch.Tensor]
 
 
+MAX_WEIGHTS = 20_000  # ten times what the largest model here has
+
+
 class _EmptyOnMeta(TorchFunctionMode):
-    """Sends ``torch.empty`` (what layers allocate weights with) to ``meta`` and leaves every computation alone."""
+    """Sends ``torch.empty`` (what layers allocate weights with) to ``meta`` and leaves every computation alone.
+
+    Ends constructors that would not end: a damaged config may ask for a million layers.
+    """
+
+    weights = 0
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         kwargs = dict(kwargs or {})
         if func is torch.empty and kwargs.get("device") is None:
             kwargs["device"] = "meta"
+            self.weights += 1
+            if self.weights > MAX_WEIGHTS:
+                raise ValueError(f"expected a module with at most {MAX_WEIGHTS} weights; this one has more")
         return func(*args, **kwargs)
 
 
