@@ -50,12 +50,12 @@ class Watch(Reporter):
     def progress(self, stage: str, done: int, total: int) -> None:
         now = self._clock()
         if stage.startswith("loading "):
+            name = stage.split()[1]  # what follows says which of its files
             # The first report comes after the first tensor: loading began at the report before it.
-            start = self._since.setdefault(stage, self._latest)
+            start = self._since.setdefault(name, self._latest)
             if done >= total:
-                name = stage.removeprefix("loading ")
                 self.loaded[name] = self.loaded.get(name, 0.0) + now - start
-                del self._since[stage]
+                del self._since[name]
         self._latest = now
 
 

@@ -45,9 +45,9 @@ def test_loading_counts_from_the_report_before_the_first_tensor():
     watch = measure.Watch(clock)
     for seconds, report in (
         (10.0, watch.check_cancelled),
-        (12.0, lambda: watch.progress("loading vae", 1, 2)),
+        (12.0, lambda: watch.progress("loading vae (shard 1 of 2)", 1, 2)),
         (12.5, watch.check_cancelled),
-        (15.0, lambda: watch.progress("loading vae", 2, 2)),
+        (15.0, lambda: watch.progress("loading vae (shard 2 of 2)", 2, 2)),
         (20.0, lambda: watch.progress("decoding", 2, 2)),
     ):
         clock.now = seconds
