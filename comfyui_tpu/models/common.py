@@ -106,7 +106,7 @@ class OpenedModel:
             CheckpointError: it is not a complete checkpoint of this family in Diffusers layout.
         """
         # Only settings are read here. Not RuntimeError: JAX raises it where there is no device.
-        with explained_settings(folder, ArithmeticError, AttributeError, LookupError, TypeError, ValueError):
+        with explained_settings(folder, (ArithmeticError, AttributeError, LookupError, TypeError, ValueError)):
             fresh = cls(folder, devices)
         key = (cls, Path(folder).resolve(), *(component.key for component in fresh.components))
         with OpenedModel._opened_lock:

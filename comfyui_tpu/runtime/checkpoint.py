@@ -149,8 +149,8 @@ def _check_numbers(path: Path, value: Any, name: str = "") -> None:
 
 
 @contextlib.contextmanager
-def explained_settings(folder: Path, *kinds: type[Exception]) -> Iterator[None]:
-    """Turn exceptions of ``kinds`` (any, if none) into a CheckpointError: settings in ``folder`` that make no sense.
+def explained_settings(folder: Path, kinds: tuple[type[Exception], ...] = (Exception,)) -> Iterator[None]:
+    """Turn exceptions of ``kinds`` into a CheckpointError: settings in ``folder`` that make no sense.
 
     For code that builds things by a checkpoint's JSON files, which may hold anything.
     """
@@ -158,7 +158,7 @@ def explained_settings(folder: Path, *kinds: type[Exception]) -> Iterator[None]:
         yield
     except TPUError:
         raise
-    except kinds or Exception as error:
+    except kinds as error:
         raise CheckpointError(
             f"The settings in {folder} cannot be used ({type(error).__name__}: {str(error)[:300]}). The files are "
             "damaged, or they describe another model than this node runs: download the checkpoint again."
