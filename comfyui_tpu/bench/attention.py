@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import asdict
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
@@ -43,8 +44,10 @@ def row(done: Compiled, topology: Topology, online: bool = False) -> dict[str, A
 
 def _details(job: Job, counted: Count) -> dict[str, Any]:
     return {
-        "cycles_per_1024_logits": round(counted.tile * 1024 / (job.blocks.queries * job.blocks.keys), 4),
-        "tiles": job.shape.heads * job.query_blocks * job.tiles,
+        "cycles_per_1024_logits": round(
+            counted.tile * 1024 / (job.heads_together * job.blocks.queries * job.blocks.keys), 4
+        ),
+        "tiles": math.ceil(job.shape.heads / job.heads_together) * job.query_blocks * job.tiles,
         "blocks": asdict(job.blocks),
         "utilisation_pct": {unit: round(100 * share, 1) for unit, share in counted.utilisation.items()},
         "notes": list(counted.notes),

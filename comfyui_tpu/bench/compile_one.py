@@ -25,11 +25,9 @@ def main() -> None:
     job = Job.from_json(json.load(sys.stdin))
     topology = parse(job.topology)
     device = describe_devices(topology)[0]
-    shape, batch = job.compiled_shape, (1,) if job.kernel == OURS else ()
+    shape, place = job.compiled_shape, SingleDeviceSharding(device)
     query, key = (
-        jax.ShapeDtypeStruct(
-            (*batch, shape.heads, length, shape.head_dim), jnp.bfloat16, sharding=SingleDeviceSharding(device)
-        )
+        jax.ShapeDtypeStruct(_operand(job.kernel, shape.heads, length, shape.head_dim), jnp.bfloat16, sharding=place)
         for length in (shape.queries, shape.keys)
     )
     call = _ours(job) if job.kernel == OURS else _jax_splash(job)
@@ -47,6 +45,11 @@ def main() -> None:
         print(json.dumps({"compile_seconds": seconds, "cycles_around": around}))
 
 
+def _operand(kernel: str, heads: int, length: int, head_dim: int) -> tuple[int, ...]:
+    """As each kernel wants it: ours as a projection writes it, head after head in one row."""
+    return (length, heads * head_dim) if kernel == OURS else (heads, length, head_dim)
+
+
 def _why(message: str) -> str:
     """How much vector memory is missing, or the first line."""
     found = re.search(r"Scoped allocation with size \S+ and limit \S+|Used \S+ of \S+ vmem", message)
@@ -54,7 +57,11 @@ def _why(message: str) -> str:
 
 
 def _ours(job: Job) -> Callable[..., jax.Array]:
-    return lambda query, key, value: splash_attention(query, key, value, blocks=job.blocks)
+    def call(*operands: jax.Array) -> jax.Array:
+        query, key, value = (x.reshape(1, len(x), job.shape.heads, job.shape.head_dim) for x in operands)
+        return splash_attention(query, key, value, blocks=job.blocks).reshape(operands[0].shape)
+
+    return call
 
 
 def _jax_splash(job: Job) -> Callable[..., jax.Array]:

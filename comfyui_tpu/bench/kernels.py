@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from comfyui_tpu.ops.splash_blocks import Blocks, fit, padded_head_dim
+from comfyui_tpu.ops.splash_blocks import Blocks, fit, heads_together, padded_head_dim
 from comfyui_tpu.plan.bundles import BundleError, Loop, Schedule, Span
 from comfyui_tpu.plan.hardware import Topology
 from comfyui_tpu.runtime.errors import PlanError
@@ -70,6 +70,11 @@ class Job:
             for length, block in ((self.shape.queries, self.blocks.queries), (self.shape.keys, self.blocks.keys))
         )
         return replace(self.shape, queries=queries, keys=keys)
+
+    @property
+    def heads_together(self) -> int:
+        """Heads that one step of the grid handles."""
+        return heads_together(padded_head_dim(self.shape.head_dim)) if self.kernel == OURS else 1
 
     @property
     def query_blocks(self) -> int:
@@ -206,8 +211,9 @@ def _counted(schedule: Schedule, weights: np.ndarray, tile: float, main: Span, n
 
 def _grid(schedule: Schedule, job: Job, of_a_head: int) -> tuple[Loop, int]:
     """The loop over the grid and the steps of one core: where a device has two, each is given half of the heads."""
+    groups = math.ceil(job.shape.heads / job.heads_together)
     cores = 2 if CORE in schedule.bundles[0] else 1
-    steps = math.ceil(job.shape.heads / cores) * of_a_head
+    steps = math.ceil(groups / cores) * of_a_head
     if steps == 1:
         return Loop(0, len(schedule.bundles), 1), steps  # the compiler makes no loop of it
     grid = max(schedule.loops, key=len, default=None)

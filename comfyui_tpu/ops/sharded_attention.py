@@ -1,8 +1,9 @@
 """Exact full attention over a mesh: all-to-all over heads, a ring over keys, or both; gathered keys for short contexts.
 
 Written with ``shard_map``, so that the program of each device is explicit and a Pallas kernel, which XLA cannot
-partition, can stand in it. Lengths that do not divide are padded for the ``shard_map`` alone: no padded key reaches a
-local attention, because every cut below has a length that is known while tracing.
+partition, can stand in it. Arrays are token-major, ``[B, S, H, D]``: a projection's output as it is, of which an
+all-to-all takes lanes and puts tokens behind tokens. Lengths that do not divide are padded for the ``shard_map`` alone:
+a local attention is told how many of its keys are real, which is known while tracing.
 """
 
 from __future__ import annotations
@@ -10,15 +11,16 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Literal
 
 import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh, PartitionSpec
 
-from comfyui_tpu.ops.attention import attention, attention_with_lse, check_shapes
+from comfyui_tpu.ops.attention import attention, attention_with_lse
 
-Strategy = Literal["heads", "ring"]
+Strategy = Literal["heads", "ring", "own heads"]
 LocalAttention = Callable[..., "jax.Array | tuple[jax.Array, jax.Array]"]
 
 # Below so many logits a head XLA's own attention wins, which then stays in vector memory: by the compiler's estimates
@@ -41,6 +43,8 @@ def attend(
     mesh: Mesh,
     strategy: Strategy = "heads",
     ring_chips: int | None = None,
+    batch_axes: tuple[str, ...] = (),
+    keys: int | None = None,
     scale: float | None = None,
     smooth_keys: bool = False,
     local: LocalAttention | None = None,
@@ -51,35 +55,105 @@ def attend(
     heads are exchanged for tokens, and keys go round a ring where heads are too few.
 
     Args:
-        query: ``[B, H, Sq, D]``.
-        key: ``[B, H, Sk, D]``.
-        value: ``[B, H, Sk, Dv]``.
+        query: ``[B, Sq, H, D]``.
+        key: ``[B, Sk, H, D]``.
+        value: ``[B, Sk, H, Dv]``.
         mesh: devices in the order in which they hold tokens; may be of any shape, and may be only described.
         strategy: ``"heads"``: a ring of as few devices as waste least (:func:`ring_size`), unless ``ring_chips`` says
-            how many; ``"ring"``: of all.
-        ring_chips: over how many devices keys go round; must divide the number of devices.
+            how many; ``"ring"``: of all; ``"own heads"``: heads are split over the devices already, each of which
+            has all tokens of its own (tensor parallelism), and nothing moves.
+        ring_chips: with ``"heads"``, over how many devices keys go round; must divide the number of devices.
+        batch_axes: axes of ``mesh`` that the batch is split over (guidance halves); all of the above is about the
+            devices of the other axes, which must be neighbours in ``mesh``.
+        keys: how many keys are real; those behind them are padding, which may hold any finite numbers. All when None.
         scale: factor on the logits; ``1/sqrt(D)`` when None.
         smooth_keys: subtract the mean key first (see :func:`~comfyui_tpu.ops.attention.attention`).
         local: what computes on one device, with the signature of :func:`plain`; None chooses by platform and lengths.
 
     Returns:
-        ``[B, H, Sq, Dv]`` in the query's dtype, tokens split over the devices.
+        ``[B, Sq, H, Dv]`` in the query's dtype, split over the devices as the query is: tokens, or with ``"own heads"``
+        heads.
 
     Raises:
-        ValueError: shapes do not belong together, ``ring_chips`` does not divide the number of devices, or the strategy
-            is unknown.
+        ValueError: shapes do not belong together, ``ring_chips`` does not divide the number of devices, the strategy
+            is unknown, or the batch or the mesh cannot be split along ``batch_axes``.
     """
-    check_shapes(query, key, value)
+    _check(query, key, value, keys)
+    keys = key.shape[1] if keys is None else keys
+    devices = _Devices.of(mesh, batch_axes, query.shape[0])
     local = local or functools.partial(_attend_locally, mesh.devices.flat[0])
     local = functools.partial(local, scale=1 / math.sqrt(query.shape[-1]) if scale is None else scale)
-    # A batch is more heads: two CFG halves of 12 heads divide by 8 together.
-    folded = [x.reshape(1, -1, *x.shape[2:]) for x in (query, key, value)]
-    if mesh.size == 1 or key.shape[2] < query.shape[2]:
-        out = _with_whole_keys(*folded, mesh, functools.partial(local, smooth_keys=smooth_keys))
-    else:
-        ring = _ring_chips(strategy, ring_chips, folded[0].shape[1], mesh.size)
-        out = _with_exchange(*folded, mesh, ring, local, smooth_keys)
-    return out.reshape(*query.shape[:3], value.shape[3])
+    ring = _ring_chips(strategy, ring_chips, query.shape[0] // devices.batch * query.shape[2], devices.others)
+    whole = functools.partial(local, keys=keys, smooth_keys=smooth_keys)
+    if strategy == "own heads":
+        return _with_own_heads(query, key, value, devices, whole)
+    if devices.others == 1 or key.shape[1] < query.shape[1]:
+        return _with_whole_keys(query, key, value, devices, whole)
+    return _with_exchange(query, key, value, devices.in_rings(ring), keys, local, smooth_keys)
+
+
+def _check(query: jax.Array, key: jax.Array, value: jax.Array, keys: int | None) -> None:
+    agree = query.ndim == key.ndim == value.ndim == 4 and key.shape[:3] == value.shape[:3]
+    if not (agree and (query.shape[0], *query.shape[2:]) == (key.shape[0], *key.shape[2:])):
+        raise ValueError(
+            "attend expects query [B, Sq, H, D], key [B, Sk, H, D] and value [B, Sk, H, Dv]; "
+            f"got {query.shape}, {key.shape} and {value.shape}"
+        )
+    if keys is not None and not 0 < keys <= key.shape[1]:
+        raise ValueError(f"keys, how many are real, must be 1 to {key.shape[1]}, which are given; got {keys}")
+
+
+@dataclass(frozen=True)
+class _Devices:
+    """A mesh, by what is split over its axes: the batch, and whatever a strategy splits over the ``other`` ones."""
+
+    mesh: Mesh
+    batch_axes: tuple[str, ...]
+
+    @staticmethod
+    def of(mesh: Mesh, batch_axes: tuple[str, ...], batch: int) -> _Devices:
+        devices = _Devices(mesh, tuple(batch_axes))
+        if set(batch_axes) - set(mesh.axis_names) or (batch_axes and batch % devices.batch):
+            raise ValueError(
+                f"batch_axes must be axes of the mesh, {dict(mesh.shape)}, whose sizes divide the batch, {batch}; "
+                f"got {batch_axes}"
+            )
+        return devices
+
+    @property
+    def other_axes(self) -> tuple[str, ...]:
+        return tuple(axis for axis in self.mesh.axis_names if axis not in self.batch_axes)
+
+    @property
+    def batch(self) -> int:
+        return math.prod(self.mesh.shape[axis] for axis in self.batch_axes)
+
+    @property
+    def others(self) -> int:
+        return self.mesh.size // self.batch
+
+    def spec(self, axis: int | None = None) -> PartitionSpec:
+        """The batch split, and ``axis`` split over the other devices."""
+        rest = [self.other_axes if each == axis else None for each in (1, 2, 3)]
+        return PartitionSpec(self.batch_axes or None, *rest)
+
+    def in_rings(self, ring: int) -> _Devices:
+        """The same devices in the same order, so that tokens lie where the caller's mesh has them: ``ring`` groups of
+        neighbours, mesh axes ``"ring"`` and ``"heads"`` in place of the other axes."""
+        names = self.mesh.axis_names
+        first = next((at for at, name in enumerate(names) if name not in self.batch_axes), len(names))
+        behind = names[first + len(self.other_axes) :]
+        if set(names[:first] + behind) != set(self.batch_axes):
+            raise ValueError(
+                f"the axes of the mesh, {dict(self.mesh.shape)}, that are not batch_axes must be neighbours; "
+                f"got {self.batch_axes}"
+            )
+        # Names of their own: the caller's may be any.
+        before, after = ([f"batch {name}" for name in part] for part in (names[:first], behind))
+        sizes = [self.mesh.shape[name] for name in names]
+        sizes = [*sizes[:first], ring, self.others // ring, *sizes[len(names) - len(behind) :]]
+        grouped = Mesh(self.mesh.devices.reshape(sizes), (*before, "ring", "heads", *after))
+        return _Devices(grouped, tuple(f"batch {name}" for name in self.batch_axes))
 
 
 def ring_size(problems: int, devices: int) -> int:
@@ -96,10 +170,10 @@ def ring_size(problems: int, devices: int) -> int:
 
 
 def _ring_chips(strategy: str, ring_chips: int | None, problems: int, devices: int) -> int:
-    if strategy not in ("heads", "ring"):
-        raise ValueError(f"strategy must be 'heads' or 'ring'; got {strategy!r}")
-    if strategy == "ring":
-        return devices
+    if strategy not in ("heads", "ring", "own heads"):
+        raise ValueError(f"strategy must be 'heads', 'ring' or 'own heads'; got {strategy!r}")
+    if strategy != "heads":
+        return devices if strategy == "ring" else 1
     chosen = ring_size(problems, devices) if ring_chips is None else ring_chips
     if chosen < 1 or devices % chosen:
         raise ValueError(f"ring_chips must divide the number of devices, {devices}; got {chosen}")
@@ -122,58 +196,71 @@ def local_attention(
     return functools.partial(splash_attention, device_kind=device_kind)
 
 
-def plain(query, key, value, *, scale=None, smooth_keys=False, return_lse=False):
-    """Plain JAX with the kernel's signature: ``[B, H, Sq, D]``, and with ``return_lse`` also ``[B, H, Sq]`` float32.
+def plain(query, key, value, *, keys=None, scale=None, smooth_keys=False, return_lse=False):
+    """Plain JAX with the kernel's signature: ``[B, Sq, H, D]``, and with ``return_lse`` also ``[B, H, Sq]`` float32.
 
     The latter is log2 of each row's sum of exp2 of base-2 logits: what merges results of different keys.
     """
-    function = attention_with_lse if return_lse else attention
-    return function(query, key, value, scale=scale, smooth_keys=smooth_keys)
+    query, key, value = (jnp.swapaxes(x, 1, 2) for x in (query, key[:, :keys], value[:, :keys]))
+    if not return_lse:
+        return jnp.swapaxes(attention(query, key, value, scale=scale, smooth_keys=smooth_keys), 1, 2)
+    out, lse = attention_with_lse(query, key, value, scale=scale, smooth_keys=smooth_keys)
+    return jnp.swapaxes(out, 1, 2), lse
 
 
-def _attend_locally(device: jax.Device, query, key, value, **options):
-    lengths = (query.shape[2], key.shape[2], query.shape[3])
-    chosen = local_attention(device.platform, *lengths, query.dtype, device.device_kind)
+def _attend_locally(device: jax.Device, query, key, value, *, keys, **options):
+    chosen = local_attention(device.platform, query.shape[1], keys, query.shape[3], query.dtype, device.device_kind)
     if value.shape != key.shape:
         chosen = plain
-    return chosen(query, key, value, **options)
+    return chosen(query, key, value, keys=keys, **options)
 
 
-def _with_whole_keys(query, key, value, mesh, local):
+def _with_own_heads(query, key, value, devices, local):
+    """Heads split over the devices, filled up with zero heads where they do not divide: nothing moves."""
+    heads, split = query.shape[2], devices.spec(axis=2)
+    run = jax.shard_map(local, mesh=devices.mesh, in_specs=(split,) * 3, out_specs=split, check_vma=False)
+    return run(*(_pad_to_multiple(x, 2, devices.others) for x in (query, key, value)))[:, :, :heads]
+
+
+def _with_whole_keys(query, key, value, devices, local):
     """Queries split by tokens, keys and values whole on every device: nothing moves if they are there already."""
-    tokens, whole = _split_tokens(mesh.axis_names), PartitionSpec()
-    run = jax.shard_map(local, mesh=mesh, in_specs=(tokens, whole, whole), out_specs=tokens, check_vma=False)
-    return run(_pad_tokens(query, mesh.size), key, value)[:, :, : query.shape[2]]
+    tokens, whole = devices.spec(axis=1), devices.spec()
+    run = jax.shard_map(local, mesh=devices.mesh, in_specs=(tokens, whole, whole), out_specs=tokens, check_vma=False)
+    return run(_pad_to_multiple(query, 1, devices.others), key, value)[:, : query.shape[1]]
 
 
-def _with_exchange(query, key, value, mesh, ring, local, smooth_keys):
+def _with_exchange(query, key, value, devices, keys, local, smooth_keys):
     """Heads exchanged for tokens within groups of neighbours, keys passed round the ``ring`` groups."""
-    heads, queries, keys = query.shape[1], query.shape[2], key.shape[2]
-    # The same devices in the same order, so that tokens lie where the caller's mesh has them.
-    grouped = Mesh(mesh.devices.reshape(ring, -1), ("ring", "heads"))
-    exchange = grouped.shape["heads"]
+    ring, exchange = devices.mesh.shape["ring"], devices.mesh.shape["heads"]
 
     def on_one_device(*shards):
-        q, k, v = (_tokens_for_heads(x, exchange) for x in shards)
+        q, k, v = (_tokens_for_heads(_batch_into_heads(x), exchange) for x in shards)
         if ring == 1:
-            out = local(q[:, :, :queries], k[:, :, :keys], v[:, :, :keys], smooth_keys=smooth_keys)
-            out = _pad(out, 2, q.shape[2] - queries)
+            out = local(q, k, v, keys=keys, smooth_keys=smooth_keys)
         else:
             k = _minus_mean(k, keys) if smooth_keys else k
             out = _round_the_ring(q, k, v, keys, ring, functools.partial(local, return_lse=True))
-        return _heads_for_tokens(out, exchange)[:, :heads]
+        batch, _, heads, _ = shards[0].shape
+        return _batch_from_heads(_heads_for_tokens(out, exchange), batch, heads)
 
-    tokens = _split_tokens(grouped.axis_names)
-    run = jax.shard_map(on_one_device, mesh=grouped, in_specs=(tokens,) * 3, out_specs=tokens, check_vma=False)
-    return run(*(_pad_tokens(x, mesh.size) for x in (query, key, value)))[:, :, :queries]
-
-
-def _split_tokens(axes: tuple[str, ...]) -> PartitionSpec:
-    return PartitionSpec(None, None, axes, None)
+    tokens = devices.spec(axis=1)
+    run = jax.shard_map(on_one_device, mesh=devices.mesh, in_specs=(tokens,) * 3, out_specs=tokens, check_vma=False)
+    return run(*(_pad_to_multiple(x, 1, devices.others) for x in (query, key, value)))[:, : query.shape[1]]
 
 
-def _pad_tokens(x: jax.Array, multiple: int) -> jax.Array:
-    return _pad(x, 2, -x.shape[2] % multiple)
+def _batch_into_heads(x):
+    """A batch is more heads: two guidance halves of 12 heads divide by 8 together. ``[B, S, H, D]`` → ``[1, S, …]``."""
+    return jnp.moveaxis(x, 0, 1).reshape(1, x.shape[1], -1, x.shape[3])
+
+
+def _batch_from_heads(x, batch, heads):
+    """The way back; zero heads at the end are cut off."""
+    x = x[0, :, : batch * heads]
+    return jnp.moveaxis(x.reshape(x.shape[0], batch, heads, x.shape[2]), 1, 0)
+
+
+def _pad_to_multiple(x: jax.Array, axis: int, multiple: int) -> jax.Array:
+    return _pad(x, axis, -x.shape[axis] % multiple)
 
 
 def _pad(x: jax.Array, axis: int, amount: int) -> jax.Array:
@@ -183,30 +270,33 @@ def _pad(x: jax.Array, axis: int, amount: int) -> jax.Array:
 
 
 def _minus_mean(key, keys):
-    """One mean of all ``keys`` round the ring, or parts could not be merged; their padding is zeros and adds none."""
-    total = jax.lax.psum(jnp.sum(key, axis=2, keepdims=True, dtype=jnp.float32), "ring")
-    return (key - total / keys).astype(key.dtype)
+    """One mean of all ``keys`` round the ring, or parts could not be merged; what is behind them does not count."""
+    shard = jax.lax.axis_index("ring") * key.shape[1]
+    real = shard + jnp.arange(key.shape[1]) < keys
+    total = jnp.sum(key, axis=1, keepdims=True, dtype=jnp.float32, where=real[None, :, None, None])
+    return (key - jax.lax.psum(total, "ring") / keys).astype(key.dtype)
 
 
 def _tokens_for_heads(x, exchange):
     """All heads of one shard of tokens → some heads of the group's tokens; zero heads fill up what does not divide.
 
     What is exchanged is the leading axis, in both directions: XLA then copies the array once, on the side where heads
-    have to come before the devices.
+    lie in lanes. On the other side tokens of one device follow those of another as they are. The copies are written as
+    a stack of lanes and as lanes side by side: given a transposition, XLA copies twice.
     """
     if exchange == 1:
         return x
-    x = _pad(x, 1, -x.shape[1] % exchange)
-    shards = _exchange(x.reshape(exchange, -1, *x.shape[2:]))
-    return jnp.swapaxes(shards, 0, 1).reshape(1, shards.shape[1], -1, shards.shape[3])
+    x = _pad_to_multiple(x, 2, exchange)[0]
+    heads = jnp.split(x.reshape(len(x), -1), exchange, axis=1)
+    return _exchange(jnp.stack(heads)).reshape(1, -1, x.shape[1] // exchange, x.shape[2])
 
 
 def _heads_for_tokens(x, exchange):
     """The way back, zero heads still at the end."""
     if exchange == 1:
         return x
-    heads = _exchange(jnp.swapaxes(x.reshape(x.shape[1], exchange, -1, x.shape[3]), 0, 1))
-    return heads.reshape(1, -1, *heads.shape[2:])
+    shards = _exchange(x.reshape(exchange, x.shape[1] // exchange, -1))
+    return jnp.concatenate(list(shards), axis=1).reshape(1, shards.shape[1], -1, x.shape[3])
 
 
 def _exchange(x):
@@ -220,17 +310,17 @@ def _round_the_ring(query, key, value, keys, ring, local):
     without masks or branches. The few that the others have more (fewer than there are devices, for each) are gathered
     and attended to once. Where the last group has none, that is all there is to do: everything is gathered.
     """
-    common = max(0, keys - (ring - 1) * key.shape[2])
+    common = max(0, keys - (ring - 1) * key.shape[1])
     partials = []
     if rest := keys - ring * common:
-        gather = lambda x: jax.lax.all_gather(x[:, :, common:], "ring", axis=2, tiled=True)[:, :, :rest]  # noqa: E731
-        partials.append(local(query, gather(key), gather(value)))
-    shard = (key[:, :, :common], value[:, :, :common])
+        gather = lambda x: jax.lax.all_gather(x[:, common:], "ring", axis=1, tiled=True)  # noqa: E731
+        partials.append(local(query, gather(key), gather(value), keys=rest))
+    shard = (key, value)
     for step in range(ring if common else 0):
         # Sent on before it is used, so that the transfer runs beside the computation; and not sent on further before
         # that is done, or XLA moves all transfers to the front and keeps every shard.
         following = jax.lax.ppermute(shard, "ring", _neighbours(ring)) if step < ring - 1 else ()
-        partial, shard = jax.lax.optimization_barrier((local(query, *shard), following))
+        partial, shard = jax.lax.optimization_barrier((local(query, *shard, keys=common), following))
         partials.append(partial)
     return _merge(partials).astype(query.dtype)
 
@@ -242,6 +332,6 @@ def _neighbours(ring: int) -> list[tuple[int, int]]:
 def _merge(partials) -> jax.Array:
     """Attention to all keys from ``(out, lse)`` for parts of them: each weighted with its share of the softmax sum."""
     largest = functools.reduce(jnp.maximum, (lse for _, lse in partials))
-    weights = [jnp.exp2(lse - largest)[..., None] for _, lse in partials]
+    weights = [jnp.swapaxes(jnp.exp2(lse - largest), 1, 2)[..., None] for _, lse in partials]
     total = functools.reduce(jnp.add, weights)
     return functools.reduce(jnp.add, (weight / total * out for weight, (out, _) in zip(weights, partials, strict=True)))

@@ -18,7 +18,7 @@ class Blocks:
     """How a tile is cut.
 
     Attributes:
-        queries: queries in a tile, a multiple of ``columns``.
+        queries: queries in a tile, of each head in it (:func:`heads_together`), a multiple of ``columns``.
         keys: keys in a tile, a multiple of ``slice``.
         columns: queries that one part of the pipeline handles.
         slice: keys that one part of the pipeline handles.
@@ -52,7 +52,7 @@ class Limits:
     """The tiles to choose from for a generation and head_dim, and what they cost.
 
     Attributes:
-        queries, keys: the most of each in a tile.
+        queries, keys: the most of each in a tile; queries of each head in it.
         area: the most queries times keys: straight-line code grows with it, and so does the time to compile it.
         columns: as in :class:`Blocks`; None for all the tile's queries at once.
         slices: the slices to choose from.
@@ -77,13 +77,13 @@ class Limits:
 # On the 256-wide matrix units of v6e and v7x, parts of 256 × 256 hide the loading of weights behind streaming keys
 # where a head is 64 deep; at 128 that loading costs nothing, and whole rows of queries change operands least often.
 _WIDE = {
-    64: Limits(3072, 3072, 5 * 2**20, 256, (256,), 4, 2, 256, 1.25, 6),
+    64: Limits(1536, 3072, 5 * 2**19, 256, (256,), 4, 2, 256, 1.25, 6),
     128: Limits(3072, 4608, 11 * 2**20, None, (512, 256), 1, 1, 256, 1.5, 100),
     256: Limits(1536, 2048, 4 * 2**20, None, (512, 256), 1, 1, 256, 2.5, 100),
 }
 # v4, v5e and v5p: 128-wide units and 16 MiB of scoped VMEM.
 _NARROW = {
-    64: Limits(1536, 2048, 3 * 2**20, 512, (512, 256), 1, 1, 512, 2.6, 60),
+    64: Limits(768, 2048, 3 * 2**19, 256, (512, 256), 1, 1, 256, 2.6, 60),
     128: Limits(1024, 2048, 2 * 2**20, None, (512, 256), 1, 1, 128, 5.3, 100),
     256: Limits(512, 1024, 2**19, None, (256,), 1, 1, 128, 10.5, 100),
 }
@@ -106,7 +106,12 @@ def fit(generation: str, queries: int, keys: int, head_dim: int, itemsize: int =
         itemsize: bytes of an element; 4-byte elements take half the queries.
     """
     limits = _limits(generation, head_dim, itemsize)
-    return min(_candidates(limits), key=lambda blocks: (_cycles(blocks, limits, queries, keys), -blocks.queries))
+    together = heads_together(head_dim)
+
+    def costs(blocks: Blocks) -> tuple[float, int]:
+        return _cycles(blocks, limits, queries, keys, together), -blocks.queries
+
+    return min(_candidates(limits), key=costs)
 
 
 def estimated_cycles(generation: str, heads: int, queries: int, keys: int, head_dim: int) -> float:
@@ -116,12 +121,18 @@ def estimated_cycles(generation: str, heads: int, queries: int, keys: int, head_
     """
     head_dim = padded_head_dim(head_dim)
     blocks = fit(generation, queries, keys, head_dim)
-    return heads * _cycles(blocks, _limits(generation, head_dim, 2), queries, keys)
+    programs = math.ceil(heads / heads_together(head_dim))
+    return programs * _cycles(blocks, _limits(generation, head_dim, 2), queries, keys, heads_together(head_dim))
 
 
 def padded_head_dim(width: int) -> int:
     """64, or the next multiple of 128 lanes: zeros change no logit and are cut off the values."""
     return 64 if width <= 64 else -(-width // 128) * 128
+
+
+def heads_together(head_dim: int) -> int:
+    """How many heads of a padded ``head_dim`` share 128 lanes, and so a tile."""
+    return 2 if head_dim == 64 else 1
 
 
 def _limits(generation: str, head_dim: int, itemsize: int) -> Limits:
@@ -140,12 +151,13 @@ def _candidates(limits: Limits) -> Iterator[Blocks]:
                 yield Blocks(queries, keys, columns, size, limits.ahead, limits.behind)
 
 
-def _cycles(blocks: Blocks, limits: Limits, queries: int, keys: int) -> float:
-    """About how long one head takes: what :class:`Limits` says of a tile, times the tiles."""
-    parts = blocks.slices * (blocks.queries // blocks.columns)
-    tile = blocks.queries * blocks.keys / 1024 * limits.cycles + parts * limits.part_cycles + _TILE_CYCLES
+def _cycles(blocks: Blocks, limits: Limits, queries: int, keys: int, together: int) -> float:
+    """About how long ``together`` heads take: what :class:`Limits` says of a tile, times the tiles."""
+    columns = together * blocks.queries
+    parts = blocks.slices * (columns // blocks.columns)
+    tile = columns * blocks.keys / 1024 * limits.cycles + parts * limits.part_cycles + _TILE_CYCLES
     tiles = math.ceil(keys / blocks.keys)
-    return math.ceil(queries / blocks.queries) * (tiles * tile + blocks.queries * _QUERY_CYCLES)
+    return math.ceil(queries / blocks.queries) * (tiles * tile + columns * _QUERY_CYCLES)
 
 
 def generation_of(device_kind: str) -> str:

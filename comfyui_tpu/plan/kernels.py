@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from comfyui_tpu.ops.splash_blocks import estimated_cycles
 from comfyui_tpu.plan import hlo
 
-_RESULT = re.compile(r"\w+\[(\d+),(\d+),(\d+)\]")
+_RESULTS = re.compile(r"\w+\[(\d+),(\d+),(\d+)\].*?\w+\[(\d+),(\d+),\d+\]")
 
 
 @dataclass(frozen=True)
@@ -18,10 +18,12 @@ class OurKernels:
     generation: str
 
     def __call__(self, instruction: hlo.Instruction) -> int | None:
-        """Of ``splash_attention``: from its result ``[heads, queries, head_dim]`` and the flop it declares."""
-        result = _RESULT.search(instruction.shape)
-        if instruction.kernel_name != "splash_attention" or not result or not instruction.kernel_flops:
+        """Of ``splash_attention``, from the flop it declares and its results: ``[batch, queries, channels]``, and a
+        number for each query, ``[groups of heads, heads in a group, queries]``."""
+        results = _RESULTS.search(instruction.shape)
+        if instruction.kernel_name != "splash_attention" or not results or not instruction.kernel_flops:
             return None
-        heads, queries, head_dim = map(int, result.groups())
-        keys = instruction.kernel_flops // (4 * heads * queries * head_dim)
-        return round(estimated_cycles(self.generation, heads, queries, keys, head_dim))
+        batch, queries, channels, groups, together = map(int, results.groups())
+        keys = instruction.kernel_flops // (4 * batch * queries * channels)
+        heads = groups * together
+        return round(estimated_cycles(self.generation, heads, queries, keys, batch * channels // heads))

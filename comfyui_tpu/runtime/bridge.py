@@ -156,9 +156,11 @@ def _sharded_attention(context: TraceContext, q, k, v, mask, scale):
     if mask is not None or (plan.attention == "replicated" and plan.chips > 1):
         return attention_ops.attention(q, k, v, mask=mask, **options)
     strategy = "ring" if plan.attention == "ring" else "heads"
+    # Models turn [B, S, H, D] for torch's operator; turned back, nothing is left of that in the program.
+    q, k, v = (jnp.swapaxes(x, 1, 2) for x in (q, k, v))
     out = attend(q, k, v, mesh=context.mesh, strategy=strategy, ring_chips=plan.ring_chips, **options)
     # Said once more: tokens that do not divide were cut to their number, and XLA would gather what it is not told.
-    return context.constrain(out, None, None, plan.axis_names, None)
+    return jnp.swapaxes(context.constrain(out, None, plan.axis_names, None, None), 1, 2)
 
 
 def _group_norm(input, num_groups, weight=None, bias=None, eps=1e-5):

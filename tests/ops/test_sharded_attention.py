@@ -23,14 +23,14 @@ def mesh(devices: int) -> Mesh:
 
 def problem(heads, queries, keys, batch=1, width=16, seed=0):
     generator = np.random.default_rng([seed, heads, queries, keys])
-    return [generator.standard_normal((batch, heads, n, width), dtype=np.float32) for n in (queries, keys, keys)]
+    return [generator.standard_normal((batch, n, heads, width), dtype=np.float32) for n in (queries, keys, keys)]
 
 
 def reference(q, k, v):
-    q, k, v = (np.asarray(x, np.float64) for x in (q, k, v))
+    q, k, v = (np.asarray(x, np.float64).swapaxes(1, 2) for x in (q, k, v))
     logits = q @ k.swapaxes(2, 3) / np.sqrt(q.shape[-1])
     weights = np.exp(logits - logits.max(-1, keepdims=True))
-    return weights / weights.sum(-1, keepdims=True) @ v
+    return (weights / weights.sum(-1, keepdims=True) @ v).swapaxes(1, 2)
 
 
 def check(inputs, devices, bound=BOUND, **options):
@@ -84,7 +84,7 @@ RINGS = pytest.mark.parametrize("ring", [1, 2, 4], ids=["all-to-all", "both", "r
 def test_a_padded_key_has_weight_zero_even_where_it_would_win(ring):
     q, k, v = problem(8, 57, 57, width=64)
     q, k = np.abs(q) + 1, -np.abs(k) - 1  # every real logit is below -10; a key of zeros would have 0
-    assert (q @ k.swapaxes(2, 3)).max() < -80
+    assert np.einsum("bqhd,bkhd->bhqk", q, k).max() < -80
     check((q, k, v + 5), 4, ring_chips=ring)
 
 
@@ -92,14 +92,14 @@ def test_a_padded_key_has_weight_zero_even_where_it_would_win(ring):
 @pytest.mark.parametrize("winner", [0, 56], ids=["first-key", "last-key"])
 def test_one_dominant_key_on_one_device(ring, winner):
     q, k, v = problem(8, 57, 57)
-    k[:, :, winner] = 12 * q.mean(2) + 3
+    k[:, winner] = 12 * q.mean(1) + 3
     check((q, k, v), 4, ring_chips=ring)
 
 
 @RINGS
 def test_keys_that_are_all_the_same_average_the_values(ring):
     q, k, v = problem(8, 57, 57)
-    check((q, np.broadcast_to(k[:, :, :1], k.shape) * 30, v), 4, ring_chips=ring)
+    check((q, np.broadcast_to(k[:, :1], k.shape) * 30, v), 4, ring_chips=ring)
 
 
 @RINGS
@@ -107,10 +107,10 @@ def test_huge_logits_pick_the_largest_key_without_overflow(ring):
     """A float32 logarithm of 1e8 keeps no fraction, so the winner is checked and not the weights of a merge."""
     q, k, v = problem(8, 57, 57)
     index = np.arange(57)
-    q, k = np.eye(57, dtype=np.float32)[None, None] * 1e4, np.eye(57, dtype=np.float32)[None, None, index[::-1]] * 1e4
-    q, k = (np.broadcast_to(x, (1, 8, 57, 57)) for x in (q, k))
+    q, k = (np.eye(57, dtype=np.float32)[None, order, None] * 1e4 for order in (index, index[::-1]))
+    q, k = (np.broadcast_to(x, (1, 57, 8, 57)) for x in (q, k))
     ours = jax.jit(functools.partial(attend, mesh=mesh(4), ring_chips=ring))(q, k, v)
-    np.testing.assert_allclose(ours, v[:, :, index[::-1]], rtol=1e-6)
+    np.testing.assert_allclose(ours, v[:, index[::-1]], rtol=1e-6)
 
 
 @RINGS
@@ -129,12 +129,12 @@ def test_the_kernels_partial_results_merge_as_well(ring):
 
 @pytest.mark.parametrize("tokens", [1, 9, 57, 64, 101])
 @pytest.mark.parametrize("ring", [1, 2, 4, 8])
-def test_a_local_attention_is_given_the_real_keys_and_no_other(tokens, ring):
+def test_a_local_attention_is_told_of_every_key_once_and_of_no_padding(tokens, ring):
     seen = []
 
-    def spy(query, key, value, **options):
-        seen.append(key.shape[2])
-        return plain(query, key, value, **options)
+    def spy(query, key, value, *, keys, **options):
+        seen.append(keys)
+        return plain(query, key, value, keys=keys, **options)
 
     inputs = problem(8, tokens, tokens)
     jax.eval_shape(functools.partial(attend, mesh=mesh(8), ring_chips=ring, local=spy), *inputs)
@@ -181,14 +181,14 @@ def test_the_kernel_is_chosen_on_a_tpu_where_it_is_long_enough():
 
 def test_fewer_key_heads_are_refused_and_not_filled_up():
     q, k, v = problem(8, 16, 16)
-    with pytest.raises(ValueError, match=r"got \(1, 8, 16, 16\), \(1, 6, 16, 16\)"):
-        attend(q, k[:, :6], v[:, :6], mesh=mesh(8))
+    with pytest.raises(ValueError, match=r"got \(1, 16, 8, 16\), \(1, 16, 6, 16\)"):
+        attend(q, k[:, :, :6], v[:, :, :6], mesh=mesh(8))
 
 
 def test_impossible_rings_are_named():
     with pytest.raises(ValueError, match="divide the number of devices, 8; got 3"):
         attend(*problem(8, 16, 16), mesh=mesh(8), ring_chips=3)
-    with pytest.raises(ValueError, match="'heads' or 'ring'; got 'tokens'"):
+    with pytest.raises(ValueError, match="'heads', 'ring' or 'own heads'; got 'tokens'"):
         attend(*problem(8, 16, 16), mesh=mesh(8), strategy="tokens")
 
 
@@ -205,12 +205,12 @@ TOKENS = 2043  # 5 fewer than 8 × 256: tokens have to be padded without being m
 
 def collectives(heads: int, **options) -> tuple[int, list[tuple[str, int]]]:
     """How many kernels, and (opcode, bytes per device) of the collectives beside them, in a scanned layer for TPUs."""
-    split = NamedSharding(tpus(), PartitionSpec(None, None, "chips", None))
+    split = NamedSharding(tpus(), PartitionSpec(None, "chips", None, None))
 
     def local(q, k, v, **options):
         """The kernel at lengths too short to choose it for: they compile quickly."""
         kernel = functools.partial(splash_attention, device_kind=tpus().devices[0].device_kind)
-        return (kernel if k.shape[2] >= 256 else plain)(q, k, v, **options)
+        return (kernel if k.shape[1] >= 256 else plain)(q, k, v, **options)
 
     def layer(x, weights):
         x = jax.lax.with_sharding_constraint(x, split)
@@ -218,7 +218,7 @@ def collectives(heads: int, **options) -> tuple[int, list[tuple[str, int]]]:
         return jax.lax.with_sharding_constraint(out @ weights[3], split), None
 
     whole = NamedSharding(tpus(), PartitionSpec())
-    x = jax.ShapeDtypeStruct((1, heads, TOKENS, 64), jnp.bfloat16, sharding=whole)
+    x = jax.ShapeDtypeStruct((1, TOKENS, heads, 64), jnp.bfloat16, sharding=whole)
     weights = jax.ShapeDtypeStruct((2, 4, 64, 64), jnp.bfloat16, sharding=whole)
     module = hlo.parse(jax.jit(lambda x, w: jax.lax.scan(layer, x, w)[0]).lower(x, weights).compile().as_text())
     kernels = lambda computation: sum(i.custom_call_target == "tpu_custom_call" for i in computation)  # noqa: E731
@@ -228,7 +228,7 @@ def collectives(heads: int, **options) -> tuple[int, list[tuple[str, int]]]:
 
 
 def test_one_tpu_runs_the_kernel_itself():
-    x = jax.ShapeDtypeStruct((2, 3, 2048, 64), jnp.bfloat16)
+    x = jax.ShapeDtypeStruct((2, 2048, 4, 64), jnp.bfloat16)
     program = str(jax.make_jaxpr(functools.partial(attend, mesh=Mesh(tpus().devices[:1], ("chips",))))(x, x, x))
     assert program.count("pallas_call") == 1
     assert "all_to_all" not in program
@@ -241,6 +241,6 @@ def test_on_tpus_heads_are_exchanged_and_nothing_is_gathered():
 
 def test_on_tpus_keys_go_round_the_ring_and_only_what_the_last_group_lacks_is_gathered():
     heads, shard = 4, 256 * 4 * 64 * 2
-    common, rest = 1019 * 64 * 2, 2 * 5 * 64 * 2  # of the one head that a device has after the exchange
-    exchanged, passed, gathered = [("all-to-all", shard)] * 4, [("collective-permute", common)] * 2, rest
+    keys, rest = 1024 * 64 * 2, 2 * 5 * 64 * 2  # of the one head that a device has after the exchange
+    exchanged, passed, gathered = [("all-to-all", shard)] * 4, [("collective-permute", keys)] * 2, rest
     assert collectives(heads) == (2, sorted([*exchanged, *passed, *[("all-gather", gathered)] * 2]))

@@ -8,7 +8,7 @@ from jax.sharding import SingleDeviceSharding
 from comfyui_tpu.ops.splash import splash_attention
 from comfyui_tpu.plan.hardware import describe_devices, parse
 
-# One head each: the tile, hence the code, depends on the lengths and head_dim alone.
+# As many heads as share lanes: the tile, hence the code, depends on the lengths and head_dim alone.
 WAN_720P, COGVIDEOX_720P, FLUX_1024 = (75600, 75600, 128), (39826, 39826, 64), (4608, 4608, 128)
 CROSS_ATTENTION = (9450, 512, 128)
 CASES = [(topology, shape) for topology in ("v4:2x2x1", "v5e:2x4", "v5p:2x2x1") for shape in (WAN_720P, COGVIDEOX_720P)]
@@ -21,7 +21,10 @@ def test_the_kernel_compiles(topology, shape):
     device = describe_devices(parse(topology))[0]
     queries, keys, width = shape
     place = SingleDeviceSharding(device)
-    q, kv = (jax.ShapeDtypeStruct((1, 1, length, width), jnp.bfloat16, sharding=place) for length in (queries, keys))
+    heads = 128 // width
+    q, kv = (
+        jax.ShapeDtypeStruct((1, length, heads, width), jnp.bfloat16, sharding=place) for length in (queries, keys)
+    )
     function = jax.jit(lambda q, k, v: splash_attention(q, k, v, device_kind=device.device_kind))
     compiled = function.trace(q, kv, kv).lower(lowering_platforms=("tpu",)).compile()
     assert "splash_attention" in compiled.as_text()
