@@ -145,7 +145,10 @@ def ensure_picture(console: Console, target: Path) -> None:
         pen = ImageDraw.Draw(picture)
         pen.ellipse((232, 88, 296, 152), fill=(255, 230, 150))
         pen.rectangle((0, 176, 384, 256), fill=(20, 30, 70))
-        picture.save(target)
+        # Renamed when whole: half a picture would be taken for the demo's own next time.
+        unfinished = target.with_name(f".{target.name}.unfinished")
+        picture.save(unfinished, "PNG")
+        unfinished.replace(target)
 
 
 def execute(console: Console, server: Server, prompt: dict, workflow: dict) -> dict:

@@ -336,4 +336,6 @@ def _resolve(console: Console, settings: Settings, python: Python, files: list[P
 
 def _write_lock(path: Path, pins: list[Pin], source: str) -> None:
     lines = sorted(str(pin) for pin in pins)
-    path.write_text(_HEADER.format(source=source) + "".join(line + "\n" for line in lines), encoding="utf-8")
+    temporary = path.with_name(path.name + ".tmp")
+    temporary.write_text(_HEADER.format(source=source) + "".join(line + "\n" for line in lines), encoding="utf-8")
+    temporary.replace(path)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from pathlib import Path
 
 from comfyui_tpu.bench import attention, run, tune
 from comfyui_tpu.bench.compiling import BenchError, compile_all
@@ -14,6 +13,7 @@ from comfyui_tpu.ops.splash_blocks import Blocks
 from comfyui_tpu.plan import hardware
 from comfyui_tpu.plan.bundles import BundleError
 from comfyui_tpu.runtime.errors import TPUError
+from comfyui_tpu.runtime.files import write_text
 
 OK, FAILED = 0, 1
 
@@ -137,4 +137,4 @@ def _progress(line: str) -> None:
 def _write(path: str | None, report: dict, text: str) -> None:
     print(json.dumps(report, indent=2) if path == "-" else text)
     if path and path != "-":
-        Path(path).write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
+        write_text(path, json.dumps(report, indent=2) + "\n")

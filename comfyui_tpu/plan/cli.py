@@ -21,6 +21,7 @@ from comfyui_tpu.plan.rehearsal import Call, open_model, rehearse
 from comfyui_tpu.plan.report import SCHEMA, ModelEstimate, assemble, to_json
 from comfyui_tpu.runtime.checkpoint import read_config
 from comfyui_tpu.runtime.errors import CheckpointError, InvalidInput, PlanError
+from comfyui_tpu.runtime.files import write_text
 
 OK, FAILED, DOES_NOT_FIT = 0, 1, 2
 
@@ -167,6 +168,6 @@ def _write(options: argparse.Namespace, found: list[ModelEstimate], saved: list[
         if len(columns) > 1:
             print(table.compare(columns))
     if options.json and options.json != "-":
-        Path(options.json).write_text(json.dumps(first, indent=2), encoding="utf-8")
+        write_text(options.json, json.dumps(first, indent=2))
     if options.html:
-        Path(options.html).write_text(html.render(columns), encoding="utf-8")
+        write_text(options.html, html.render(columns))
