@@ -28,7 +28,7 @@ def test_a_fault_leaves_nothing_behind_and_the_next_prompt_works(server, state, 
     # A size of its own where a program must be missing.
     prompt = cogvideox(seed=after, prompt=point) if point == "trace" else flux2(seed=3, prompt="a wolf")
     if point == "trace":
-        prompt["2"]["inputs"].update(height=80, width=112)
+        prompt["2"]["inputs"].update(height=48, width=80)
     failed = server.run(prompt)
     assert failed.error is not None, f"{point} was not called {after + 1} times"
     assert f"injected at {point}" in failed.error["exception_message"]

@@ -1,8 +1,8 @@
 """A custom node pack for the reliability tests' server: what the process holds, faults on demand, ends of prompts.
 
-Routes: ``GET /reliability/state``; ``POST /reliability/unload`` (core's unload, on the server's thread);
-``POST /reliability/fault`` ``{"point": name, "after": calls}`` (empty: none); ``POST /reliability/slow``
-``{"seconds": s}`` for each tensor read.
+Routes: ``GET /reliability/state`` (``?glance``: garbage counts too); ``POST /reliability/unload`` (core's unload, on
+the server's thread); ``POST /reliability/fault`` ``{"point": name, "after": calls}`` (empty: none);
+``POST /reliability/slow`` ``{"seconds": s}`` for each tensor read.
 """
 
 import asyncio
@@ -67,13 +67,14 @@ class Faults:
 FAULTS = Faults()
 
 
-def state() -> dict:
+def state(collect: bool = True) -> dict:
     """What this process holds: figures independent of the library's own bookkeeping."""
     import jax
 
     from comfyui_tpu.runtime.registry import registry
 
-    gc.collect()
+    if collect:
+        gc.collect()
     arrays = jax.live_arrays("cpu")
     process = psutil.Process()
     return {
@@ -89,7 +90,8 @@ def state() -> dict:
 
 @ROUTES.get("/reliability/state")
 async def get_state(request):
-    return web.json_response(await asyncio.get_running_loop().run_in_executor(None, state))
+    collect = "glance" not in request.query
+    return web.json_response(await asyncio.get_running_loop().run_in_executor(None, state, collect))
 
 
 @ROUTES.post("/reliability/unload")
