@@ -90,7 +90,16 @@ OF_PIPELINES = {"cli.py", "measure.py", "run.py", "stages.py"}
 
 @pytest.mark.parametrize("path", [path for path in files("bench") if path.name not in OF_PIPELINES], ids=name)
 def test_the_kernels_benchmarks_know_operators_and_hardware_and_no_model(path):
-    allowed = ("bench", "ops", "plan.bundles", "plan.costs", "plan.hardware", "plan.hlo", "runtime.errors", "runtime.files")
+    allowed = (
+        "bench",
+        "ops",
+        "plan.bundles",
+        "plan.costs",
+        "plan.hardware",
+        "plan.hlo",
+        "runtime.errors",
+        "runtime.files",
+    )
     ours = {i.removeprefix("comfyui_tpu.") for i in imports(path) if i.startswith("comfyui_tpu.")}
     assert {i for i in ours if not i.startswith(allowed)} <= {"plan"}
 
