@@ -45,7 +45,7 @@ class Watch(Reporter):
             self._since[rest] = now
         elif verb == "compiled":
             label = rest.rpartition(" in ")[0]
-            self.compiled[label] = self.compiled.get(label, 0.0) + now - self._since.pop(label)
+            self.compiled[label] = self.compiled.get(label, 0.0) + now - self._since.pop(label, now)
 
     def progress(self, stage: str, done: int, total: int) -> None:
         now = self._clock()

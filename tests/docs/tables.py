@@ -14,6 +14,8 @@ import sys
 import tempfile
 from pathlib import Path
 
+from bootstrap import examples
+from tests.checkpoints import WRITERS
 from tests.docs.schemas import PACKS, REPOSITORY, schemas
 
 FIGURES = REPOSITORY / "docs" / "figures.json"
@@ -48,6 +50,8 @@ TEXTS = {
         "nodes": "| node | inputs: default [range] | outputs |",
         "machines": "| `--accelerator-type` | `--version` | chips | GiB a chip |",
         "models": "| pack | nodes under | default `model_id` |",
+        "examples": "| workflow (▶: runs without a download) | pack | models |",
+        "demo": "▶",
         "weights": "| model | 1 device | 2 | 4 | 8 | working memory on v6e-8 |",
         "steps": "| model | task | compiler estimate (ours) | measured by others (theirs) | their whole run / steps |",
         "seconds": "{:g} s a step",
@@ -60,6 +64,8 @@ TEXTS = {
         "nodes": "| 节点 | 输入：默认值 [范围] | 输出 |",
         "machines": "| `--accelerator-type` | `--version` | 芯片数 | 每芯片 GiB |",
         "models": "| 节点包 | 节点菜单 | 默认 `model_id` |",
+        "examples": "| 工作流（▶ 不需要下载） | 节点包 | 模型 |",
+        "demo": "▶",
         "weights": "| 模型 | 1 个设备 | 2 | 4 | 8 | v6e-8 上的工作内存 |",
         "steps": "| 模型 | 任务 | 编译器估计（我们的程序） | 他人实测（他们的程序） | 他们的总时间 / 步数 |",
         "seconds": "每步 {:g} 秒",
@@ -139,6 +145,26 @@ def models_table(language: str) -> list[str]:
 
 def _sections(info: dict) -> list[dict]:
     return [info["input"].get(section) or {} for section in ("required", "optional")]
+
+
+def examples_table(language: str) -> list[str]:
+    """Every workflow of examples/, what it loads, and how to get it."""
+    rows = [TEXTS[language]["examples"], "|---|---|---|"]
+    ids = {node_id for infos in schemas(comfyui()).values() for node_id in infos}
+    for name, pack in examples.PACKS.items():
+        workflow = json.loads(examples.source(name).read_text(encoding="utf-8"))
+        models = sorted({model for node in workflow["nodes"] if node["type"] in ids for model in _models(node)})
+        kind = f" {TEXTS[language]['demo']}" if name in examples.DEMOS else ""
+        rows.append(f"| `{name}`{kind} | `{pack}` | {', '.join(f'`{model}`' for model in models) or '–'} |")
+    return rows
+
+
+def _models(node: dict) -> set[str]:
+    """Model ids among a node's widget values."""
+    from comfyui_tpu.plan import catalogue
+
+    known = {entry.repository for entry in catalogue.CATALOGUE.values()} | set(WRITERS)
+    return {value for value in node.get("widgets_values") or [] if isinstance(value, str) and value in known}
 
 
 # --- memory -----------------------------------------------------------------------------------------------------------
@@ -224,6 +250,7 @@ TABLES = {
     "basis": basis,
     "machines": machines_table,
     "models": models_table,
+    "examples": examples_table,
     "weights": weights_table,
     "steps": steps_table,
     **{f"nodes {pack.name}": functools.partial(nodes_table, pack.name) for pack in PACKS},
