@@ -18,6 +18,10 @@ from comfyui_tpu.runtime.errors import CheckpointError, InvalidInput, NumericsEr
 from comfyui_tpu.runtime.plan import Plan
 
 
+# What settings that make no sense cause. Not RuntimeError: JAX raises it where there is no device.
+_BY_SETTINGS = (ArithmeticError, AttributeError, LookupError, TypeError, ValueError)
+
+
 @dataclass(frozen=True)
 class StepInfo:
     """One finished denoising step.
@@ -105,15 +109,15 @@ class OpenedModel:
         Raises:
             CheckpointError: it is not a complete checkpoint of this family in Diffusers layout.
         """
-        # Only settings are read here. Not RuntimeError: JAX raises it where there is no device.
-        with explained_settings(folder, (ArithmeticError, AttributeError, LookupError, TypeError, ValueError)):
+        with explained_settings(folder, _BY_SETTINGS):
             fresh = cls(folder, devices)
         key = (cls, Path(folder).resolve(), *(component.key for component in fresh.components))
         with OpenedModel._opened_lock:
             opened = OpenedModel._opened
             if key not in opened:
                 for component in fresh.components:
-                    component.check_files()
+                    with explained_settings(component.folder, _BY_SETTINGS):
+                        component.check_files()
                 opened[key] = fresh
             opened.move_to_end(key)
             while len(opened) > cls._OPENED_MAX:
