@@ -17,7 +17,6 @@ from comfyui_tpu.runtime.device_module import DeviceModule
 from comfyui_tpu.runtime.errors import CheckpointError, InvalidInput, NumericsError
 from comfyui_tpu.runtime.plan import Plan
 
-
 # What settings that make no sense cause. Not RuntimeError: JAX raises it where there is no device.
 _BY_SETTINGS = (ArithmeticError, AttributeError, LookupError, TypeError, ValueError)
 
