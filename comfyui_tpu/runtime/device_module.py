@@ -25,6 +25,7 @@ import torch
 from comfyui_tpu.runtime import bridge, loader, program, skeleton
 from comfyui_tpu.runtime.checkpoint import Checkpoint, explained_settings, read_config
 from comfyui_tpu.runtime.errors import CheckpointError
+from comfyui_tpu.runtime.integrity import verify_if_asked
 from comfyui_tpu.runtime.memory import simulate_allocation
 from comfyui_tpu.runtime.plan import Plan, mesh_of, sharding
 from comfyui_tpu.runtime.registry import Need, registry
@@ -289,8 +290,12 @@ class DeviceModule:
         )
 
     def check_files(self) -> None:
-        """Raise CheckpointError if a weight file is missing, truncated or malformed. Reads headers only."""
+        """Raise CheckpointError if a weight file is missing, truncated or malformed. Reads headers, unless asked for more.
+
+        ``COMFYUI_TPU_VERIFY=1``: also if its SHA-256 is not the publisher's.
+        """
         Checkpoint.open(self.folder)
+        verify_if_asked(self.folder)
 
     def _load(self) -> dict[str, jax.Array]:
         checkpoint = Checkpoint.open(self.folder)
