@@ -290,9 +290,9 @@ class DeviceModule:
         )
 
     def check_files(self) -> None:
-        """Raise CheckpointError if a weight file is missing, truncated or malformed. Reads headers, unless asked for more.
+        """Raise CheckpointError if a weight file is missing, truncated or malformed. Reads headers only.
 
-        ``COMFYUI_TPU_VERIFY=1``: also if its SHA-256 is not the publisher's.
+        With ``COMFYUI_TPU_VERIFY=1`` also if a file's SHA-256 is not its publisher's.
         """
         Checkpoint.open(self.folder)
         verify_if_asked(self.folder)
