@@ -9,6 +9,7 @@ looks at another one, and Pallas does not write them.
 from __future__ import annotations
 
 import functools
+import re
 from collections.abc import Callable, Iterator
 
 import jax
@@ -37,12 +38,17 @@ def tile_rows(batch: int, rows: int, row_bytes: int) -> int:
     return most
 
 
+def layer_norm_row_bytes(x: jax.Array, out_dtype: jnp.dtype) -> int:
+    """For :func:`tile_rows`; of the float32 scratch there is one, not two, so it counts half."""
+    return x.shape[2] * (x.dtype.itemsize + jnp.dtype(out_dtype).itemsize + 2)
+
+
 def layer_norm_rows(
     x: jax.Array, gain: jax.Array, offset: jax.Array, *, eps: float, out_dtype: jnp.dtype, interpret: bool = False
 ) -> jax.Array:
     """``(x - mean) / sqrt(var + eps) · gain + offset`` of rows ``[B, S, C]``; ``gain``, ``offset`` ``[B, 1, C]``."""
     batch, rows, width = x.shape
-    tile = tile_rows(batch, rows, width * (x.dtype.itemsize + jnp.dtype(out_dtype).itemsize))
+    tile = tile_rows(batch, rows, layer_norm_row_bytes(x, out_dtype))
     by_row = pl.BlockSpec((None, tile, width), lambda b, i: (b, i, 0))
     by_batch = pl.BlockSpec((None, 1, width), lambda b, i: (b, 0, 0))
     return pl.pallas_call(
@@ -51,7 +57,7 @@ def layer_norm_rows(
         in_specs=[by_row, by_batch, by_batch],
         out_specs=by_row,
         out_shape=jax.ShapeDtypeStruct(x.shape, out_dtype),
-        scratch_shapes=[pltpu.VMEM((tile, LANES), jnp.float32)] * 2,
+        scratch_shapes=[pltpu.VMEM((tile, size), jnp.float32) for size in (width, LANES, LANES)],
         compiler_params=pltpu.CompilerParams(dimension_semantics=("parallel", "parallel")),
         cost_estimate=_cost(x, out_dtype, 9, 2 * gain.size * gain.dtype.itemsize),
         interpret=interpret,
@@ -110,27 +116,53 @@ def kernel_name(head_dim: int, whole: bool, centred: bool, rotated: bool) -> str
     return "_".join(words + ["rotary"] * rotated)
 
 
+# Cycles of 1024 values, from the compiler's schedules (docs/attention.md tells how to read them; jax 0.10.2, libtpu
+# 0.0.42.1) of bfloat16 rows, with the rotation. v4 has half the vector units, and v4 and v5e have no bfloat16 in them.
+_OVER_WIDTH = {"v4": 7.35, "v5e": 4.1, "v5p": 4.1, "v6e": 3.1, "v7x": 3.05}
+_OVER_LONG_HEADS = {"v4": 16.5, "v5e": 6.35, "v5p": 6.45, "v6e": 3.95, "v7x": 3.95}
+_OVER_SHORT_HEADS = {"v4": 30.2, "v5e": 18.9, "v5p": 19.1, "v6e": 12.9, "v7x": 12.9}
+_MODULATION = {"v4": 6.3, "v5e": 3.1, "v5p": 3.1, "v6e": 3.05, "v7x": 3.0}
+_CORES = {"v4": 2, "v5p": 2}  # of a device; each takes half of the tiles
+
+
+def estimated_cycles(name: str, generation: str, batch: int, rows: int, width: int) -> float | None:
+    """Cycles that a kernel computes for, without waiting for HBM; None for another kernel.
+
+    Args:
+        name: as the kernel was named.
+        generation: as in :mod:`comfyui_tpu.ops.splash_blocks`; v5e's cycles for others.
+    """
+    found = re.fullmatch(r"layer_norm_modulate|(?:rms|layer)_norm_(width|head(\d+))(?:_rotary)?", name)
+    if not found:
+        return None
+    over, head_dim = found.groups()
+    heads = _OVER_LONG_HEADS if int(head_dim or 0) >= LANES else _OVER_SHORT_HEADS
+    table = _MODULATION if over is None else _OVER_WIDTH if over == "width" else heads
+    values = batch * -(-rows // CHUNK) * CHUNK * width
+    return values / 1024 * table.get(generation, table["v5e"]) / _CORES.get(generation, 1)
+
+
 def _cost(x: jax.Array, out_dtype: jnp.dtype, flops: int, more_bytes: int) -> pl.CostEstimate:
     moved = x.size * (x.dtype.itemsize + jnp.dtype(out_dtype).itemsize) + more_bytes
     return pl.CostEstimate(flops=flops * x.size, transcendentals=x.size // x.shape[-1], bytes_accessed=moved)
 
 
-def _layer_norm_kernel(x, gain, offset, out, mean, scale, *, eps):
-    """Scratch: ``mean`` and ``scale`` ``[rows, 128]``, every lane alike."""
+def _layer_norm_kernel(x, gain, offset, out, centred, mean, scale, *, eps):
+    """Scratch: ``centred`` ``[rows, C]``; ``mean`` and ``scale`` ``[rows, 128]``, every lane alike."""
     width = x.shape[1]
 
-    def squared(rows, part):
-        part = part - mean[rows]
+    def squared(rows, lanes, part):
+        centred[rows, lanes] = part = part - mean[rows]
         return part * part
 
-    _sums(x, mean, lambda rows, part: part)
+    _sums(x, mean, lambda rows, lanes, part: part)
     mean[...] = _across(mean[...]) / width
     _sums(x, scale, squared)
     scale[...] = jax.lax.rsqrt(_across(scale[...]) / width + eps)
 
     def write(rows):
         for lanes in _columns(width):
-            part = (x[rows, lanes].astype(jnp.float32) - mean[rows]) * scale[rows]
+            part = centred[rows, lanes] * scale[rows]
             out[rows, lanes] = (part * gain[:, lanes] + offset[:, lanes]).astype(out.dtype)
 
     _by_chunks(x.shape[0], write)
@@ -142,7 +174,7 @@ def _norm_rotary_kernel(x, *refs, eps, head_dim, whole, centred, biased):
     weight, bias, tables = given[0], given[1] if biased else None, given[1 + biased :]
     width = x.shape[1]
     if whole:
-        _sums(x, scale, lambda rows, part: part * part)
+        _sums(x, scale, lambda rows, lanes, part: part * part)
         scale[...] = jax.lax.rsqrt(_across(scale[...]) / width + eps)
 
     def write(rows):
@@ -152,7 +184,8 @@ def _norm_rotary_kernel(x, *refs, eps, head_dim, whole, centred, biased):
             parts = [part * scale[rows] for part in parts] if whole else _normalised(parts, head_dim, eps, centred)
             for lanes, part in zip(columns, parts, strict=True):
                 at = _within(lanes, weight.shape[1])
-                part = part * weight[:, at] + (0 if bias is None else bias[:, at])
+                part = part * weight[:, at]
+                part = part if bias is None else part + bias[:, at]
                 # As between two operations of a model: rounded before it is turned.
                 part = part.astype(x.dtype)
                 if rotary:
@@ -204,13 +237,13 @@ def _repeated(table: jax.Array) -> jax.Array:
     return jnp.concatenate([table] * max(1, LANES // table.shape[1]), axis=1)
 
 
-def _sums(x, into, term: Callable[[pl.Slice, jax.Array], jax.Array]) -> None:
+def _sums(x, into, term: Callable[[pl.Slice, slice, jax.Array], jax.Array]) -> None:
     """Of ``term`` over the columns of each row, as 128 partial sums. Four chains of additions at once."""
 
     def step(rows):
         sums = [None] * 4
         for number, lanes in enumerate(_columns(x.shape[1])):
-            part = term(rows, x[rows, lanes].astype(jnp.float32))
+            part = term(rows, lanes, x[rows, lanes].astype(jnp.float32))
             before = sums[number % 4]
             sums[number % 4] = part if before is None else before + part
         into[rows] = functools.reduce(jnp.add, [each for each in sums if each is not None])

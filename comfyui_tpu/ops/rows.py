@@ -57,7 +57,7 @@ def layer_norm_modulate(
     out_dtype = jnp.dtype(out_dtype or x.dtype)
     _check(x, x.shape[-1], weight=weight, bias=bias)
     one_row = all(t is None or t.ndim < 2 or t.shape[-2] == 1 for t in (scale, shift))
-    fits = one_row and _fits(x, x.shape[2] * (x.dtype.itemsize + out_dtype.itemsize))
+    fits = one_row and _fits(x, row_kernels.layer_norm_row_bytes(x, out_dtype))
     if not fits or not _kernel_runs(x, mesh, spec, interpret):
         return _modulated(x, weight, bias, scale, shift, eps=eps, out_dtype=out_dtype)
     gain, offset = _folded(x, weight, bias, scale, shift)

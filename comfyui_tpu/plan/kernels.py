@@ -5,9 +5,13 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 
+from comfyui_tpu.ops import row_kernels
 from comfyui_tpu.ops.splash_blocks import estimated_cycles
 from comfyui_tpu.plan import hlo
+from comfyui_tpu.plan.hardware import GENERATIONS
 
+_ROWS = re.compile(r"\w+\[(\d+),(\d+),(\d+)\]")
+_BYTES = re.compile(r'"cost_estimate":\{[^}]*"bytes_accessed":"?(\d+)')
 _RESULTS = re.compile(r"\w+\[(\d+),(\d+),(\d+)\].*?\w+\[(\d+),(\d+),\d+\]")
 
 
@@ -18,6 +22,19 @@ class OurKernels:
     generation: str
 
     def __call__(self, instruction: hlo.Instruction) -> int | None:
+        """Of a kernel in ``comfyui_tpu/ops``; None for another."""
+        return self._of_rows(instruction) or self._of_attention(instruction)
+
+    def _of_rows(self, instruction: hlo.Instruction) -> int | None:
+        """Of one in ``row_kernels``, from its rows ``[B, S, C]`` and its bytes: it computes while they move."""
+        rows, moved = _ROWS.search(instruction.shape), _BYTES.search(instruction.attributes)
+        name, generation = instruction.kernel_name, GENERATIONS[self.generation]
+        if not rows or not moved:
+            return None
+        computing = row_kernels.estimated_cycles(name, self.generation, *map(int, rows.groups()))
+        return computing and round(max(computing, int(moved.group(1)) / generation.hbm_bandwidth * generation.clock))
+
+    def _of_attention(self, instruction: hlo.Instruction) -> int | None:
         """Of ``splash_attention``, from the flop it declares and its results: ``[batch, queries, channels]``, and a
         number for each query, ``[groups of heads, heads in a group, queries]``."""
         results = _RESULTS.search(instruction.shape)
