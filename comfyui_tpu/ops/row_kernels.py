@@ -117,7 +117,7 @@ def kernel_name(head_dim: int, whole: bool, centred: bool, rotated: bool) -> str
 
 
 # Cycles of 1024 values, from the compiler's schedules (docs/attention.md tells how to read them; jax 0.10.2, libtpu
-# 0.0.42.1) of bfloat16 rows, with the rotation. v4 has half the vector units, and v4 and v5e have no bfloat16 in them.
+# 0.0.42.1) of bfloat16 rows, with the rotation; heads of 128 and 64. A v4 bundle has two vector slots, the others four.
 _OVER_WIDTH = {"v4": 7.35, "v5e": 4.1, "v5p": 4.1, "v6e": 3.1, "v7x": 3.05}
 _OVER_LONG_HEADS = {"v4": 16.5, "v5e": 6.35, "v5p": 6.45, "v6e": 3.95, "v7x": 3.95}
 _OVER_SHORT_HEADS = {"v4": 30.2, "v5e": 18.9, "v5p": 19.1, "v6e": 12.9, "v7x": 12.9}
