@@ -405,7 +405,7 @@ class _Work:
         for now in range(-ahead, count + behind):
             if now + ahead < count:
                 row, column = self.parts[now + ahead]
-                part = self._logits(k, row, self._columns(column))
+                part = self._logits(k, row, self._columns(column), column // self.blocks.queries)
                 logits[now + ahead] = self._kept(part, row, kept)
             if 0 <= now < count:
                 columns = self._columns(self.parts[now][1])
@@ -426,7 +426,7 @@ class _Work:
                 row = pl.multiple_of(jax.lax.div(number, per_row) * blocks.slice, blocks.slice)
                 column = jax.lax.rem(number, per_row) * blocks.columns + head * blocks.queries
                 columns = self._columns(pl.multiple_of(column, blocks.columns))
-                logits = self._kept_anywhere(self._logits(k, row, columns), row, kept)
+                logits = self._kept_anywhere(self._logits(k, row, columns, head), row, kept)
                 before = self.shift[:, columns]
                 maximum = jnp.maximum(before, jnp.max(logits, axis=0, keepdims=True))
                 weight, fade = jnp.exp2(logits - maximum), jnp.exp2(before - maximum)
@@ -440,9 +440,11 @@ class _Work:
     def _columns(self, column):
         return pl.ds(column, self.blocks.columns)
 
-    def _logits(self, k, row, columns):
-        """Base-2 logits, float32 ``[slice, columns]``."""
-        return self._dot(k[pl.ds(row, self.blocks.slice), :], self.qt[:, columns], 1)
+    def _logits(self, k, row, columns, head):
+        """Base-2 logits of a head, float32 ``[slice, columns]``."""
+        # The first head's channels are cut off for nothing; the second's would have to be shifted.
+        depth = self.width if head == 0 else self.together * self.width
+        return self._dot(k[pl.ds(row, self.blocks.slice), :depth], self.qt[:depth, columns], 1)
 
     def _kept(self, logits, row, kept):
         """``logits`` of the rows from ``row`` on, the lowest where a row is not in ``kept``; ``row`` is static."""
@@ -467,13 +469,16 @@ class _Work:
 
     def _values(self, v, row, column, weights):
         """``[D, columns]``: the weighted sum of a slice's values, of the head that ``column`` belongs to."""
-        first = column // self.blocks.queries * self.width
-        values = v[pl.ds(row, self.blocks.slice), first : first + self.width]
+        values = v[pl.ds(row, self.blocks.slice), :]
         if self.geometry.tiles == 1 and self.geometry.end < self.blocks.keys:
             # Behind the end the memory holds anything, and 0 times that may be NaN.
             rows = jax.lax.broadcasted_iota(jnp.int32, values.shape, 0) + row
             values = jnp.where(rows < self.geometry.end, values.astype(jnp.float32), 0).astype(values.dtype)
-        return self._dot(values, weights, 0)
+        if self.together == 1:
+            return self._dot(values, weights, 0)
+        # Turned first: rows are cut for nothing, lanes would have to be shifted.
+        first = column // self.blocks.queries * self.width
+        return self._dot(values.T[first : first + self.width], weights, 1)
 
     def _dot(self, a, b, axis):
         dimensions = (((axis,), (0,)), ((), ()))

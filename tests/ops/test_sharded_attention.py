@@ -168,6 +168,70 @@ def test_two_guidance_halves_share_the_devices_as_twice_the_heads():
     check(problem(12, 61, 61, batch=2), 8)
 
 
+def grid(branches: int, chips: int, order=("branch", "chips")) -> Mesh:
+    devices = np.array(jax.devices()[: branches * chips])
+    sizes = {"branch": branches, "chips": chips}
+    return Mesh(devices.reshape([sizes[name] for name in order]), order)
+
+
+@pytest.mark.parametrize("order", [("branch", "chips"), ("chips", "branch")], ids=str)
+@pytest.mark.parametrize("options", [{"ring_chips": 1}, {"ring_chips": 2}, {"strategy": "ring"}], ids=str)
+def test_a_batch_over_some_axes_is_attended_to_over_the_others(options, order):
+    options = {"mesh": grid(2, 4, order), "batch_axes": ("branch",), "smooth_keys": True, **options}
+    for queries, keys in ((101, 101), (129, 77)):
+        inputs = problem(5, queries, keys, batch=2)
+        ours = jax.jit(functools.partial(attend, **options))(*inputs)
+        np.testing.assert_allclose(ours, reference(*inputs), atol=BOUND)
+
+
+def test_guidance_halves_on_their_own_chips_exchange_nothing_with_each_other():
+    inputs = problem(8, 64, 64, batch=2)
+    halves = functools.partial(attend, mesh=grid(2, 4), batch_axes=("branch",))
+    text = jax.jit(halves).lower(*inputs).compile().as_text()
+    groups = re.findall(r"all-to-all\(.*replica_groups=(\{\{.*?\}\}|\[[^ ]*)", text)
+    assert groups
+    assert set(groups) <= {"{{0,1,2,3},{4,5,6,7}}", "[2,4]<=[8],"}
+
+
+@pytest.mark.parametrize("heads", [8, 5, 1])
+@pytest.mark.parametrize(("queries", "keys"), [(101, 101), (129, 77)], ids=str)
+def test_own_heads_attend_to_all_tokens_and_nothing_moves(heads, queries, keys):
+    inputs = problem(heads, queries, keys, batch=2)
+    mine = functools.partial(attend, strategy="own heads", mesh=grid(2, 4), batch_axes=("branch",))
+    np.testing.assert_allclose(jax.jit(mine)(*inputs), reference(*inputs), atol=BOUND)
+    check(inputs, 8, strategy="own heads")
+    if heads == 8:
+        split = NamedSharding(mesh(8), PartitionSpec(None, None, "chips", None))
+        placed = [jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=split) for x in inputs]
+        run = jax.jit(functools.partial(attend, strategy="own heads", mesh=mesh(8)), out_shardings=split)
+        text = run.lower(*placed).compile().as_text()
+        assert not re.findall(r"all-to-all|all-gather|collective-permute|all-reduce|reduce-scatter", text)
+
+
+@pytest.mark.parametrize(
+    "options", [{"ring_chips": 1}, {"ring_chips": 2}, {"strategy": "ring"}, {"strategy": "own heads"}], ids=str
+)
+@pytest.mark.parametrize("real", [96, 61, 9, 1])
+def test_tokens_behind_the_real_ones_do_not_count(real, options):
+    """They would take all the weight."""
+    q, k, v = problem(8, 96, 96)
+    q, k = np.abs(q), -np.abs(k)
+    k[:, real:], v[:, real:] = 40, 40
+    ours = jax.jit(functools.partial(attend, mesh=mesh(8), keys=real, smooth_keys=True, **options))(q, k, v)
+    expected = reference(q[:, :real], k[:, :real], v[:, :real])
+    assert np.abs(np.asarray(ours)[:, :real] - expected).max() <= BOUND * np.abs(expected).max()
+
+
+def test_batches_and_meshes_that_cannot_be_split_are_named():
+    with pytest.raises(ValueError, match=r"divide the batch, 3; got \('branch',\)"):
+        attend(*problem(8, 16, 16, batch=3), mesh=grid(2, 4), batch_axes=("branch",))
+    with pytest.raises(ValueError, match=r"must be axes of the mesh.*got \('rows',\)"):
+        attend(*problem(8, 16, 16, batch=2), mesh=grid(2, 4), batch_axes=("rows",))
+    cut = Mesh(np.array(jax.devices()).reshape(2, 2, 2), ("x", "branch", "y"))
+    with pytest.raises(ValueError, match="must be neighbours"):
+        attend(*problem(8, 16, 16, batch=2), mesh=cut, batch_axes=("branch",))
+
+
 def test_the_kernel_is_chosen_on_a_tpu_where_it_is_long_enough():
     choose = functools.partial(local_attention, head_dim=128, dtype=jnp.bfloat16)
     assert choose("tpu", 2048, 2048).func.__name__ == "splash_attention"

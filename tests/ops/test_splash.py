@@ -228,3 +228,46 @@ def test_tiles_that_the_kernel_cannot_cut_are_refused():
 )
 def test_device_kinds_are_known(kind, generation):
     assert generation_of(kind) == generation
+
+
+@pytest.mark.parametrize("heads", [2, 3], ids=["2-heads", "3-heads"])
+@pytest.mark.parametrize("width", [64, 128])
+@pytest.mark.parametrize(("given", "real"), [(1100, 1024), (1120, 1030), (600, 513), (300, 300), (512, 40)], ids=str)
+def test_keys_behind_the_real_ones_do_not_count(given, real, width, heads):
+    """They would take all the weight: real logits lie far below theirs."""
+    q, k, v = problem(130, given, heads, width)
+    q, k = jnp.abs(q), -jnp.abs(k) * 4
+    k, v = (x.at[:, real:].set(40) for x in (k, v))
+    out = np.asarray(kernel(q, k, v, keys=real, blocks=SMALL), np.float64)
+    expected, _ = reference(q, k[:, :real], v[:, :real])
+    assert np.abs(out - expected).max() <= BOUND[jnp.float32]
+
+
+@pytest.mark.parametrize("factor", [1, 1000], ids=["bounded", "online"])
+@pytest.mark.parametrize("keys", [513, 528, 1000, 1023])
+def test_keys_that_two_tiles_hold_count_once(keys, factor):
+    """The last tile starts before the one before ends; the key there is far above all others, or each weighs alike."""
+    q, k, v = problem(130, keys)
+    check((q * factor, k, v), blocks=SMALL, bound=5e-3)
+    check((q * factor, k.at[:, 511].multiply(20), v), blocks=SMALL, bound=5e-3)
+
+
+def test_memory_behind_the_only_tile_may_hold_anything():
+    """The interpreter fills it with NaN: neither logits nor values may let it in."""
+    for keys in (1, 130, 500):
+        check(problem(40, keys), blocks=SMALL)
+
+
+def test_no_operand_is_copied_where_lengths_are_multiples_of_16():
+    for width, heads in ((64, 2), (128, 3), (256, 1)):
+        x = jax.ShapeDtypeStruct((2, 1040, heads, width), jnp.bfloat16)
+        program = str(jax.make_jaxpr(functools.partial(kernel, blocks=SMALL))(x, x, x))
+        assert not [
+            name for name in (" pad[", " transpose[", " concatenate[") if name in program.split("pallas_call")[0]
+        ]
+
+
+@pytest.mark.parametrize("keys", [0, 9])
+def test_more_real_keys_than_there_are_or_none_are_refused(keys):
+    with pytest.raises(ValueError, match=f"must be 1 to 8.*got {keys}"):
+        kernel(*problem(8, 8), keys=keys)
