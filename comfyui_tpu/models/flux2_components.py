@@ -10,7 +10,7 @@ import numpy as np
 import torch
 
 from comfyui_tpu.runtime import bridge
-from comfyui_tpu.runtime.checkpoint import Checkpoint
+from comfyui_tpu.runtime.checkpoint import Checkpoint, explained_settings
 from comfyui_tpu.runtime.device_module import ComponentSpec, DeviceModule
 from comfyui_tpu.runtime.errors import CheckpointError, InvalidInput
 from comfyui_tpu.runtime.plan import spatial, spread
@@ -148,7 +148,8 @@ class Flux2TextEncoder(DeviceModule):
 
     def check_files(self) -> None:
         super().check_files()
-        _text_config(self.raw_config)
+        with explained_settings(self.folder):
+            _text_config(self.raw_config)
 
     def __call__(self, input_ids: torch.Tensor, attention_mask: torch.Tensor, **kwargs: Any):
         """Ids and mask ``[B, 512]`` → ``.hidden_states[k]`` ``[B, 512, hidden_size]``."""

@@ -8,6 +8,7 @@ from comfy_api.latest import ComfyExtension, io
 from typing_extensions import override
 
 from comfyui_tpu.comfy import cogvideox
+from comfyui_tpu.comfy.checked import checked
 from comfyui_tpu.comfy.conversions import check_choice, check_ranges
 from comfyui_tpu.comfy.devices import first_devices
 from comfyui_tpu.comfy.frontend import register_frontend
@@ -258,7 +259,7 @@ class CogVideoXTPUVAEDecoder(io.ComfyNode):
 class CogVideoXExtension(ComfyExtension):
     @override
     async def get_node_list(self) -> list[type[io.ComfyNode]]:
-        return [CogVideoXTextEncoder, CogVideoXTPUSampler, CogVideoXTPUVAEDecoder]
+        return checked([CogVideoXTextEncoder, CogVideoXTPUSampler, CogVideoXTPUVAEDecoder])
 
 
 async def comfy_entrypoint() -> CogVideoXExtension:

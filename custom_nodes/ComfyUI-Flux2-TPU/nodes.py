@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 from comfy_api.latest import ComfyExtension, io
 from typing_extensions import override
 
+from comfyui_tpu.comfy.checked import checked
 from comfyui_tpu.comfy.conversions import (
     check_ranges,
     check_size_hints,
@@ -295,7 +296,7 @@ class Flux2TPUPipeline(io.ComfyNode):
 class Flux2Extension(ComfyExtension):
     @override
     async def get_node_list(self) -> list[type[io.ComfyNode]]:
-        return [Flux2TextEncoder, Flux2TPUSampler, Flux2TPUVAEDecoder, Flux2TPUPipeline]
+        return checked([Flux2TextEncoder, Flux2TPUSampler, Flux2TPUVAEDecoder, Flux2TPUPipeline])
 
 
 async def comfy_entrypoint() -> Flux2Extension:

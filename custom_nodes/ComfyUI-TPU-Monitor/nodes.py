@@ -3,6 +3,7 @@
 from comfy_api.latest import ComfyExtension, io
 from typing_extensions import override
 
+from comfyui_tpu.comfy.checked import checked
 from comfyui_tpu.comfy.frontend import register_frontend
 from comfyui_tpu.comfy.unload import install_unload_hook
 
@@ -12,7 +13,7 @@ from . import nodes_flow, nodes_json, nodes_metadata
 class TPUMonitorExtension(ComfyExtension):
     @override
     async def get_node_list(self) -> list[type[io.ComfyNode]]:
-        return [*nodes_metadata.NODES, *nodes_json.NODES, *nodes_flow.NODES]
+        return checked([*nodes_metadata.NODES, *nodes_json.NODES, *nodes_flow.NODES])
 
 
 async def comfy_entrypoint() -> TPUMonitorExtension:

@@ -8,6 +8,7 @@ from comfy_api.latest import ComfyExtension, io
 from typing_extensions import override
 
 from comfyui_tpu.comfy import wan
+from comfyui_tpu.comfy.checked import checked
 from comfyui_tpu.comfy.conversions import check_ranges, to_latent
 from comfyui_tpu.comfy.frontend import register_frontend
 from comfyui_tpu.comfy.inputs import (
@@ -203,7 +204,7 @@ class Wan21TPUPipeline(io.ComfyNode):
 class Wan21Extension(ComfyExtension):
     @override
     async def get_node_list(self) -> list[type[io.ComfyNode]]:
-        return [Wan21TextEncoder, Wan21TPUSampler, Wan21TPUVAEDecoder, Wan21TPUPipeline]
+        return checked([Wan21TextEncoder, Wan21TPUSampler, Wan21TPUVAEDecoder, Wan21TPUPipeline])
 
 
 async def comfy_entrypoint() -> Wan21Extension:

@@ -9,6 +9,7 @@ from typing_extensions import override
 
 from comfyui_tpu.comfy import condition as conditions
 from comfyui_tpu.comfy import wan
+from comfyui_tpu.comfy.checked import checked
 from comfyui_tpu.comfy.conversions import check_choice, check_ranges, from_image, to_latent
 from comfyui_tpu.comfy.frontend import register_frontend
 from comfyui_tpu.comfy.inputs import (
@@ -247,7 +248,7 @@ class Wan22I2VTPUVAEDecoder(io.ComfyNode):
 class Wan22I2VExtension(ComfyExtension):
     @override
     async def get_node_list(self) -> list[type[io.ComfyNode]]:
-        return [Wan22I2VImageEncoder, Wan22I2VTextEncoder, Wan22I2VTPUSampler, Wan22I2VTPUVAEDecoder]
+        return checked([Wan22I2VImageEncoder, Wan22I2VTextEncoder, Wan22I2VTPUSampler, Wan22I2VTPUVAEDecoder])
 
 
 async def comfy_entrypoint() -> Wan22I2VExtension:
