@@ -72,7 +72,10 @@ def from_conditioning(
             f"{name} must hold one prompt, but {len(conditioning)} came combined. "
             "Remove the Conditioning (Combine) node and write one prompt."
         )
-    embeds, options = conditioning[0]
+    pair = conditioning[0]
+    if not isinstance(pair, list | tuple) or len(pair) != 2 or not isinstance(pair[1], dict):
+        raise InvalidInput(f"{name} must be CONDITIONING, but a list of {_describe(pair)} came. Connect a text encoder.")
+    embeds, options = pair
     _refuse_unsupported_options(name, options)
     if not isinstance(embeds, torch.Tensor) or embeds.ndim != 3 or embeds.shape[0] != 1:
         raise InvalidInput(f"{name} must hold a tensor [1, tokens, {text_dim}], but {_describe(embeds)} came.")

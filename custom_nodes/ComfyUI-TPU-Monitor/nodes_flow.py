@@ -130,6 +130,8 @@ class _Switch(io.ComfyNode):
 
     @staticmethod
     def chosen(boolean: bool) -> str:
+        if not isinstance(boolean, bool | int | float):  # asked for before execute, which checks all inputs
+            raise ValueError(f"boolean must be true or false, but a {type(boolean).__name__} came")
         return "on_true" if boolean else "on_false"
 
 
