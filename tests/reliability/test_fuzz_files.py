@@ -151,7 +151,7 @@ def test_damaged_settings_are_a_clear_error(models, name, file):
     path = models / name / SETTINGS[file]
     original = path.read_text()
 
-    @fuzz(25)
+    @fuzz(15)
     @given(content=damaged(json.loads(original)))
     def property(content):
         path.write_text(json.dumps(content))

@@ -26,7 +26,7 @@ def test_a_fault_leaves_nothing_behind_and_the_next_prompt_works(server, state, 
     server.post("/free", {"unload_models": True, "free_memory": True})
     server.post("/reliability/fault", {"point": point, "after": after})
     # A size of its own where a program must be missing.
-    prompt = cogvideox(seed=after, prompt=point) if point == "trace" else flux2(seed=3, prompt="a wolf")
+    prompt = cogvideox(seed=after, prompt=point) if point == "trace" else flux2(seed=3, prompt=f"{point} {after}")
     if point == "trace":
         prompt["2"]["inputs"].update(height=48, width=80)
     failed = server.run(prompt)

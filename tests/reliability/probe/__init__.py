@@ -8,6 +8,7 @@ the server's thread); ``POST /reliability/fault`` ``{"point": name, "after": cal
 import asyncio
 import gc
 import hashlib
+import json
 import os
 import threading
 import time
@@ -153,4 +154,27 @@ class ReliabilityCondition:
         return to_sockets(Condition(latents, 256, 256, 17))
 
 
-NODE_CLASS_MAPPINGS = {"ReliabilityEnd": ReliabilityEnd, "ReliabilityCondition": ReliabilityCondition}
+class ReliabilityValue:
+    """Any value for any input, from JSON; ``{"tensor": shape, "fill": number}`` stands for a tensor."""
+
+    CATEGORY, FUNCTION, RETURN_TYPES = "reliability", "make", ("*",)
+
+    @classmethod
+    def INPUT_TYPES(cls):
+        return {"required": {"text": ("STRING", {"default": "null"})}}
+
+    def make(self, text):
+        return (json.loads(text, object_hook=_tensor),)
+
+
+def _tensor(value: dict):
+    if set(value) != {"tensor", "fill"}:
+        return value
+    return torch.full(value["tensor"], float(value["fill"]))
+
+
+NODE_CLASS_MAPPINGS = {
+    "ReliabilityValue": ReliabilityValue,
+    "ReliabilityEnd": ReliabilityEnd,
+    "ReliabilityCondition": ReliabilityCondition,
+}
