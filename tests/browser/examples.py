@@ -23,15 +23,15 @@ BOXES = """(vue) => Object.fromEntries(app.graph._nodes.map((node) => {
     const [right, bottom] = box ? [x + box.offsetWidth, top + box.offsetHeight] : [x + node.size[0], y + node.size[1]];
     return [`${node.id} ${node.type}`, [x, top, right, bottom]];
 }))"""
-# Pictures and videos that are drawn on nodes, from files whose names begin so: [width, height] of each.
+# Pictures and videos that nodes show, from files whose names begin so: [kind, width, height] of each.
 SHOWN = """(prefix) => {
     const ours = (src) => (src ?? "").includes(`filename=${prefix}_`);
     const onCanvas = app.graph._nodes.flatMap((node) => node.imgs ?? []);
     const inPage = [...document.querySelectorAll("[data-node-id] img")].filter((each) => each.checkVisibility());
-    const pictures = [...onCanvas, ...inPage].map((each) => [each.src, each.naturalWidth, each.naturalHeight]);
+    const pictures = [...onCanvas, ...inPage].map((i) => [i.src, "picture", i.naturalWidth, i.naturalHeight]);
     const seen = [...document.querySelectorAll("video")].filter((each) => each.checkVisibility());
-    const videos = seen.map((each) => [each.currentSrc, each.videoWidth, each.videoHeight]);
-    return [...pictures, ...videos].filter(([src, width]) => ours(src) && width).map(([, ...size]) => size);
+    const videos = seen.map((each) => [each.currentSrc, "video", each.videoWidth, each.videoHeight]);
+    return [...pictures, ...videos].filter(([src, , width]) => ours(src) && width).map(([, ...found]) => found);
 }"""
 PROMPT = "() => app.graphToPrompt().then((found) => found.output)"
 
@@ -104,6 +104,7 @@ def press_run(page: Page) -> None:
     (button.locator("button").first if button.locator("button").count() else button).click()
 
 
-def wait_until_shown(page: Page, prefix: str) -> list[list[int]]:
-    page.wait_for_function(f"(prefix) => ({SHOWN})(prefix).length", arg=prefix, timeout=RUN_MS)
-    return page.evaluate(SHOWN, prefix)
+def wait_until_shown(page: Page, prefix: str, kind: str, width: int, height: int) -> None:
+    """Until a node shows a picture or a video of this size from a file whose name begins so."""
+    found = f"([prefix, wanted]) => ({SHOWN})(prefix).some((each) => String(each) === String(wanted))"
+    page.wait_for_function(found, arg=[prefix, [kind, width, height]], timeout=RUN_MS)
