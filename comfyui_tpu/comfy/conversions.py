@@ -74,7 +74,7 @@ def from_conditioning(
         )
     pair = conditioning[0]
     if not isinstance(pair, list | tuple) or len(pair) != 2 or not isinstance(pair[1], dict):
-        raise InvalidInput(f"{name} must be CONDITIONING, but a list of {_describe(pair)} came. Connect a text encoder.")
+        raise InvalidInput(f"{name} must be CONDITIONING, but {_describe(pair)} came. Connect a text encoder node.")
     embeds, options = pair
     _refuse_unsupported_options(name, options)
     if not isinstance(embeds, torch.Tensor) or embeds.ndim != 3 or embeds.shape[0] != 1:
