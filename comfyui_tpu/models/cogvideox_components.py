@@ -12,7 +12,7 @@ from comfyui_tpu.models.rotary import rotate_pairs
 from comfyui_tpu.runtime import bridge, causal
 from comfyui_tpu.runtime.device_module import ComponentSpec, DeviceModule
 from comfyui_tpu.runtime.errors import InvalidInput
-from comfyui_tpu.runtime.plan import spatial, spread
+from comfyui_tpu.runtime.plan import Plan, guided, spatial, spread, tensor
 from comfyui_tpu.runtime.skeleton import Scan
 
 FRAMES_PER_LATENT = 4
@@ -142,11 +142,19 @@ def _over_time(cache: Any) -> Any:
     return {name: _over_time(entry) for name, entry in cache.items() if name not in ("conv_y", "conv_b")}
 
 
+def _text_encoder_plans(chips: int, config: dict) -> tuple[Plan, ...]:
+    return (tensor(chips, r"\.(q|k|v|wi_0|wi_1)\.", r"\.(o|wo)\."),)
+
+
+def _transformer_plans(chips: int, config: dict) -> tuple[Plan, ...]:
+    return (spread(chips),) if chips % 2 else (guided(chips), spread(chips))
+
+
 TEXT_ENCODER = ComponentSpec(
     name="text_encoder",
     build=_build_text_encoder,
     methods={"encode": _encode_text},
-    default_plan=spread,
+    plans=_text_encoder_plans,
     config_class="T5EncoderModel",
     stacked=("encoder.block",),
     # Where the checkpoint stores the position bias that was moved out of the first block.
@@ -157,7 +165,7 @@ TRANSFORMER = ComponentSpec(
     name="transformer",
     build=_build_transformer,
     methods={"denoise": _denoise},
-    default_plan=spread,
+    plans=_transformer_plans,
     config_class="CogVideoXTransformer3DModel",
     stacked=(Scan("transformer_blocks", carry=("hidden_states", "encoder_hidden_states")),),
 )
@@ -171,7 +179,7 @@ VAE = ComponentSpec(
         "encode_first": _encode_chunk,
         "encode_next": _encode_chunk,
     },
-    default_plan=spatial,
+    plans=lambda chips, config: (spatial(chips),),
     config_class="AutoencoderKLCogVideoX",
 )
 

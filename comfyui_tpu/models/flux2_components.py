@@ -9,11 +9,12 @@ from typing import Any
 import numpy as np
 import torch
 
+from comfyui_tpu.models.flux2_attention import split_projections
 from comfyui_tpu.runtime import bridge
 from comfyui_tpu.runtime.checkpoint import Checkpoint, explained_settings
 from comfyui_tpu.runtime.device_module import ComponentSpec, DeviceModule
 from comfyui_tpu.runtime.errors import CheckpointError, InvalidInput
-from comfyui_tpu.runtime.plan import spatial, spread
+from comfyui_tpu.runtime.plan import Plan, spatial, spread, tensor
 from comfyui_tpu.runtime.skeleton import Scan
 
 # Which hidden states of the text encoder make the prompt embeddings; later layers are neither loaded nor run.
@@ -54,6 +55,7 @@ def _build_transformer(config: dict) -> torch.nn.Module:
     from diffusers import Flux2Transformer2DModel
 
     module = Flux2Transformer2DModel.from_config(config)
+    split_projections(module)
     for layer in (module.x_embedder, module.context_embedder):
         layer.register_forward_pre_hook(_cast_input)
     modulations = (module.double_stream_modulation_img, module.double_stream_modulation_txt)
@@ -103,11 +105,23 @@ def _encode(vae, x):
     return vae.encode(x, return_dict=False)[0].parameters
 
 
+def _text_encoder_plans(chips: int, config: dict) -> tuple[Plan, ...]:
+    return (tensor(chips, r"\.(q|k|v|gate|up)_proj\.", r"\.(o|down)_proj\."),)
+
+
+def _transformer_plans(chips: int, config: dict) -> tuple[Plan, ...]:
+    """A picture has few tokens for so many weights: they stay where they are, if every chip gets whole heads."""
+    if config.get("num_attention_heads", 48) % chips:
+        return (spread(chips),)
+    outputs = r"(add_[qkv]_proj|to_[qkv]|linear_in|to_qkv_mlp_proj|context_embedder)\."
+    return (tensor(chips, outputs, r"(to_out|to_add_out|linear_out)\.", shard_tokens=True), spread(chips))
+
+
 TEXT_ENCODER = ComponentSpec(
     name="text_encoder",
     build=_build_text_encoder,
     methods={"encode": _encode_text},
-    default_plan=spread,
+    plans=_text_encoder_plans,
     config_class="Mistral3ForConditionalGeneration",
     stacked=("layers",),
     # What transformers 4 and 5 call the language model within Mistral3ForConditionalGeneration.
@@ -125,7 +139,7 @@ TRANSFORMER = ComponentSpec(
     name="transformer",
     build=_build_transformer,
     methods={"denoise": _denoise},
-    default_plan=spread,
+    plans=_transformer_plans,
     config_class="Flux2Transformer2DModel",
     stacked=(
         Scan("transformer_blocks", carry=("encoder_hidden_states", "hidden_states")),
@@ -137,7 +151,7 @@ VAE = ComponentSpec(
     name="vae",
     build=_build_vae,
     methods={"decode": _decode, "encode": _encode},
-    default_plan=spatial,
+    plans=lambda chips, config: (spatial(chips),),
     config_class="AutoencoderKLFlux2",
     unused=(r"^bn\.",),
 )

@@ -28,11 +28,13 @@ from comfyui_tpu.models.common import (
     read_model_index,
     video_frames,
 )
-from comfyui_tpu.models.wan_attention import TEXT_TOKENS, WanAttention
+from comfyui_tpu.models.guidance import Branches
+from comfyui_tpu.models.wan_attention import TEXT_TOKENS
+from comfyui_tpu.models.wan_block import prepare_blocks
 from comfyui_tpu.runtime import bridge, causal
 from comfyui_tpu.runtime.device_module import ComponentSpec, DeviceModule, Options
 from comfyui_tpu.runtime.errors import CheckpointError, InvalidInput
-from comfyui_tpu.runtime.plan import spatial, spread
+from comfyui_tpu.runtime.plan import Plan, guided, spatial, spread, tensor
 
 SIZE_MULTIPLE = 16  # the autoencoder divides by 8, the transformer's patches by 2
 MIN_SIZE, MAX_SIZE = 256, 1280
@@ -70,7 +72,7 @@ def _build_transformer(config: dict) -> torch.nn.Module:
     from diffusers import WanTransformer3DModel
 
     transformer = WanTransformer3DModel.from_config(config)
-    transformer.set_attn_processor(WanAttention())
+    prepare_blocks(transformer)
     return transformer
 
 
@@ -84,8 +86,17 @@ def _encode_text(encoder, input_ids, attention_mask):
     return encoder(input_ids=input_ids, attention_mask=attention_mask).last_hidden_state
 
 
-def _denoise(transformer, **inputs):
-    return transformer(**inputs, return_dict=False)[0]
+def _denoise(transformer, hidden_states, timestep, encoder_hidden_states, **inputs):
+    """The stock forward; latents that go with two branches' texts are the same for both."""
+    branches = encoder_hidden_states.shape[0] // hidden_states.shape[0]
+    both = {name: x.repeat(branches, *[1] * (x.ndim - 1)) for name, x in inputs.items()}
+    return transformer(
+        hidden_states=hidden_states.repeat(branches, 1, 1, 1, 1),
+        timestep=timestep.repeat(branches),
+        encoder_hidden_states=encoder_hidden_states,
+        return_dict=False,
+        **both,
+    )[0]
 
 
 def _decode_chunk(vae, x, state=None):
@@ -115,11 +126,19 @@ def _encode_chunk(vae, x, state=None):
     return vae.quant_conv(moments), cache
 
 
+def _text_encoder_plans(chips: int, config: dict) -> tuple[Plan, ...]:
+    return (tensor(chips, r"\.(q|k|v|wi_0|wi_1)\.", r"\.(o|wo)\."),)
+
+
+def _transformer_plans(chips: int, config: dict) -> tuple[Plan, ...]:
+    return (spread(chips),) if chips % 2 else (guided(chips), spread(chips))
+
+
 TEXT_ENCODER = ComponentSpec(
     name="text_encoder",
     build=_build_text_encoder,
     methods={"encode": _encode_text},
-    default_plan=spread,
+    plans=_text_encoder_plans,
     config_class="UMT5EncoderModel",
     stacked=("encoder.block",),
 )
@@ -128,7 +147,7 @@ TRANSFORMER = ComponentSpec(
     name="transformer",
     build=_build_transformer,
     methods={"denoise": _denoise},
-    default_plan=spread,
+    plans=_transformer_plans,
     config_class="WanTransformer3DModel",
     stacked=("blocks",),
     # WanTransformer3DModel._keep_in_fp32_modules of Diffusers 0.42
@@ -148,7 +167,7 @@ VAE = ComponentSpec(
         "encode_first": _encode_chunk,
         "encode_next": _encode_chunk,
     },
-    default_plan=spatial,
+    plans=lambda chips, config: (spatial(chips),),
     config_class="AutoencoderKLWan",
     # The pipelines load this autoencoder in float32: bfloat16 shows as colour banding.
     always_float32=True,
@@ -167,6 +186,15 @@ class WanTextEncoder(DeviceModule):
 
 class WanTransformer(DeviceModule):
     """Called as ``WanTransformer3DModel``: latents ``[B, C, T, h, w]`` → predicted velocity of the same shape."""
+
+    _branches: Branches | None = None
+
+    def for_run(self, options: Options, negative: torch.Tensor | None) -> WanTransformer:
+        """A copy for one run; ``negative``: embeddings of its second branch, None without guidance."""
+        other = self.with_options(options)
+        if negative is not None and self.plan.splits_batch(2 * negative.shape[0]):
+            other._branches = Branches(negative)
+        return other
 
     def __call__(
         self,
@@ -188,8 +216,20 @@ class WanTransformer(DeviceModule):
         }
         if encoder_hidden_states_image is not None:
             inputs["encoder_hidden_states_image"] = encoder_hidden_states_image
-        sample = bridge.to_torch(self.run("denoise", inputs))
+        sample = self._denoised(inputs)
         return Transformer2DModelOutput(sample=sample) if return_dict else (sample,)
+
+    def _denoised(self, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
+        if self._branches is None:
+            return bridge.to_torch(self.run("denoise", inputs))
+        call, embeds = (inputs["hidden_states"], inputs["timestep"]), inputs["encoder_hidden_states"]
+        if (found := self._branches.waiting(*call, embeds)) is not None:
+            return found
+        both = self._branches.joined(embeds)
+        if both is None:
+            return bridge.to_torch(self.run("denoise", inputs))
+        sample = bridge.to_torch(self.run("denoise", {**inputs, "encoder_hidden_states": both}))
+        return self._branches.keep(*call, sample)
 
 
 class WanVAE(DeviceModule):
@@ -326,10 +366,11 @@ class WanModel(OpenedModel):
         options: Options | None = None,
         cls: type | None = None,
         tokenizer: Any = None,
+        negative: torch.Tensor | None = None,
     ):
         """The stock pipeline (or a subclass of it) around this checkpoint's device modules.
 
-        Only encoding prompts needs a ``tokenizer``.
+        Only encoding prompts needs a ``tokenizer``. ``negative``: the second branch's embeddings, if there is one.
         """
         import diffusers
 
@@ -337,7 +378,7 @@ class WanModel(OpenedModel):
         extra = {}
         if self.transformer_2 is not None:
             extra = {
-                "transformer_2": self.transformer_2.with_options(options),
+                "transformer_2": self.transformer_2.for_run(options, negative),
                 "boundary_ratio": self.boundary_ratio,
             }
         pipeline = (cls or getattr(diffusers, self.pipeline_class))(
@@ -345,7 +386,7 @@ class WanModel(OpenedModel):
             text_encoder=self.text_encoder,
             vae=self.vae,
             scheduler=self._scheduler(flow_shift),
-            transformer=self.transformer.with_options(options),
+            transformer=self.transformer.for_run(options, negative),
             **extra,
         )
         pipeline.set_progress_bar_config(disable=True)
@@ -397,7 +438,11 @@ class WanTextToVideo(WanModel):
         """
         check_video_size(height, width, num_frames)
         return self._denoise(
-            self._pipeline(flow_shift, Options(smooth_keys=k_smooth)),
+            self._pipeline(
+                flow_shift,
+                Options(smooth_keys=k_smooth),
+                negative=negative_prompt_embeds if guidance_scale > 1 else None,
+            ),
             on_step,
             seed,
             prompt_embeds=prompt_embeds,

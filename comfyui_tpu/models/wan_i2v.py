@@ -112,7 +112,7 @@ IMAGE_ENCODER = ComponentSpec(
     name="image_encoder",
     build=_build_image_encoder,
     methods={"embed": _embed_picture},
-    default_plan=spread,
+    plans=lambda chips, config: (spread(chips),),
     config_class="CLIPVisionModel",
     unused=(r"position_ids",),
 )
@@ -235,7 +235,13 @@ class WanImageToVideo(WanModel):
             shift: the schedule's shift.
         """
         batch = condition.latents.shape[0]
-        pipeline = self._pipeline(shift, Options(smooth_keys=k_smooth), _conditioned_pipeline_class())
+        negative_prompt_embeds = negative_prompt_embeds.expand(batch, -1, -1)
+        pipeline = self._pipeline(
+            shift,
+            Options(smooth_keys=k_smooth),
+            _conditioned_pipeline_class(),
+            negative=negative_prompt_embeds if guidance_scale > 1 else None,
+        )
         pipeline.condition = condition
         if self.transformer_2 is None:
             guidance_scale_2 = None  # one expert: there is nothing for it to act on
@@ -245,7 +251,7 @@ class WanImageToVideo(WanModel):
             seed,
             image=torch.zeros(1, 3, condition.height, condition.width),  # stands for the condition; never encoded
             prompt_embeds=prompt_embeds.expand(batch, -1, -1),
-            negative_prompt_embeds=negative_prompt_embeds.expand(batch, -1, -1),
+            negative_prompt_embeds=negative_prompt_embeds,
             height=condition.height,
             width=condition.width,
             num_frames=condition.num_frames,

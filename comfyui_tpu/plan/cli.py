@@ -16,9 +16,11 @@ from typing import Any
 from comfyui_tpu.models.common import Task
 from comfyui_tpu.plan import catalogue, hardware, html, table
 from comfyui_tpu.plan.alternatives import topologies_that_fit
+from comfyui_tpu.plan.choose import choose
 from comfyui_tpu.plan.estimate import AUTO, EFFORTS, Job, estimate
-from comfyui_tpu.plan.rehearsal import Call, open_model, rehearse
+from comfyui_tpu.plan.rehearsal import Call, open_model, rehearse, transformer_plans
 from comfyui_tpu.plan.report import SCHEMA, ModelEstimate, assemble, to_json
+from comfyui_tpu.runtime import plan_choice
 from comfyui_tpu.runtime.checkpoint import read_config
 from comfyui_tpu.runtime.errors import CheckpointError, InvalidInput, PlanError
 from comfyui_tpu.runtime.files import write_text
@@ -56,6 +58,13 @@ def _parser() -> argparse.ArgumentParser:
         default=[],
         metavar="TOPOLOGY_OR_JSON",
         help="more topologies, or files that --json wrote, to show side by side",
+    )
+    plans = parser.add_mutually_exclusive_group()
+    plans.add_argument("--plan", metavar="NAME", help="how the transformers are spread over the chips")
+    plans.add_argument(
+        "--plans",
+        action="store_true",
+        help="estimate all such plans side by side, and keep the best as this user's choice for that kind of TPU",
     )
     parser.add_argument("--json", metavar="PATH", help="write the estimate as JSON ('-': to the terminal instead)")
     parser.add_argument("--html", metavar="PATH", help="write the estimate as one self-contained page")
@@ -118,7 +127,10 @@ def _plan(options: argparse.Namespace, folder: Path, task: Task) -> int:
     topologies = [topology, *map(hardware.parse, others)]
     saved = [_saved(Path(name)) for name in options.compare if name.endswith(".json")]
     start = time.perf_counter()
-    found = [_estimate(options, folder, task, each) for each in topologies]
+    if options.plans:
+        found = _estimate_plans(options, folder, task, topology)
+    else:
+        found = [_estimate(options, folder, task, each, options.plan) for each in topologies]
     print(f"planned in {time.perf_counter() - start:.0f} s", file=sys.stderr)
     first = found[0]
     alternatives = [] if first.fits else topologies_that_fit(first, folder)
@@ -126,11 +138,30 @@ def _plan(options: argparse.Namespace, folder: Path, task: Task) -> int:
     return OK if first.fits else DOES_NOT_FIT
 
 
-def _estimate(options: argparse.Namespace, folder: Path, task: Task, topology: hardware.Topology) -> ModelEstimate:
+def _estimate_plans(
+    options: argparse.Namespace, folder: Path, task: Task, topology: hardware.Topology
+) -> list[ModelEstimate]:
+    """Every plan of the transformers, the best first; it becomes this user's choice."""
+    if options.compare:
+        raise PlanError("--plans compares the plans on one topology; leave out --compare.")
     model = open_model(folder, hardware.describe_devices(topology))
+    names = [plan.name for plan in transformer_plans(model)]
+    found = {name: _estimate(options, folder, task, topology, name) for name in names}
+    if not any(estimate.fits for estimate in found.values()):
+        return list(found.values())
+    best = choose(found)
+    plan_choice.keep(model.transformer.spec.config_class, topology.generation.name, topology.devices, best)
+    print(f"chosen from now on for {topology.devices} × {topology.generation.name}: {best}", file=sys.stderr)
+    return [found.pop(best), *found.values()]
+
+
+def _estimate(
+    options: argparse.Namespace, folder: Path, task: Task, topology: hardware.Topology, plan: str | None
+) -> ModelEstimate:
+    model = open_model(folder, hardware.describe_devices(topology), plan)
     calls = rehearse(model, task)
     programs = estimate(
-        Job(folder, task, topology),
+        Job(folder, task, topology, plan),
         calls,
         wanted=_wanted(calls, options.only),
         effort=options.effort,

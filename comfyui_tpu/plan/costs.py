@@ -8,6 +8,7 @@ wait for counts. All of it is an estimate: nothing here was measured on a TPU.
 from __future__ import annotations
 
 import dataclasses
+import math
 import re
 from collections import Counter
 from collections.abc import Callable
@@ -124,16 +125,19 @@ def read(module: hlo.Module, topology: Topology, kernel_cycles: KernelCycles = n
 
 
 class _Schedule:
-    """The time on a chip, in cycles, and the transfers beside the computation; those of one kind follow one another."""
+    """The time on a chip, in cycles, and the transfers beside the computation; those of one kind follow one another.
+
+    Permutations that go different ways use different links: each way is a kind of its own.
+    """
 
     def __init__(self) -> None:
         self.now = 0.0
-        self._free_at = {_HBM: 0.0, _LINKS: 0.0}
+        self._free_at: dict[str, float] = {}
         self._ready_at: dict[str, float] = {}
 
     def start(self, name: str, resource: str, duration: float) -> None:
         """A transfer called ``name`` begins as soon as its resource is free."""
-        begin = max(self.now, self._free_at[resource])
+        begin = max(self.now, self._free_at.get(resource, 0.0))
         self._free_at[resource] = self._ready_at[name] = begin + duration
 
     def wait_for(self, names: tuple[str, ...]) -> float:
@@ -176,8 +180,9 @@ class _Reader:
         if transfer is None:
             return self._compute(instruction, cost)
         resource, duration = transfer
-        if resource == _LINKS:
-            cost.collective_bytes += instruction.largest_array()
+        if resource.startswith(_LINKS):
+            grid = self.topology.grid_of(instruction.group(self.topology.devices))
+            cost.collective_bytes += self._payload(instruction, grid)
         if not instruction.opcode.endswith("-start"):
             return duration
         schedule.start(instruction.name, resource, duration)
@@ -200,10 +205,18 @@ class _Reader:
         opcode, clock = self._collective_kind(instruction), self.topology.generation.clock
         if opcode.startswith(_COLLECTIVES):
             grid = self.topology.grid_of(instruction.group(self.topology.devices))
-            return _LINKS, clock * collective_seconds(opcode, instruction.largest_array(), grid, self.topology)
+            way = str(instruction.group(2)) if opcode.startswith("collective-permute") else ""
+            seconds = collective_seconds(opcode, self._payload(instruction, grid), grid, self.topology)
+            return _LINKS + way, clock * seconds
         if opcode.endswith("-start"):
             return _HBM, clock * instruction.moved() / self.topology.generation.hbm_bandwidth
         return None
+
+    def _payload(self, instruction: hlo.Instruction, grid: tuple[int, ...]) -> int:
+        """Bytes of the largest of a chip's operand and result in a collective."""
+        result = instruction.largest_array()
+        scatters = self._collective_kind(instruction) == "reduce-scatter"
+        return result * math.prod(grid) if scatters else result
 
     def _collective_kind(self, instruction: hlo.Instruction) -> str:
         """The opcode; of a generic ``async-start`` that of what it starts."""

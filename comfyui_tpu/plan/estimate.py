@@ -104,11 +104,15 @@ class ProgramEstimate:
 
 @dataclass(frozen=True)
 class Job:
-    """What is planned: enough for a process of its own to find every program again."""
+    """What is planned: enough for a process of its own to find every program again.
+
+    ``plan``: name of the transformers' plan; production's choice when None.
+    """
 
     folder: Path
     task: Task
     topology: Topology
+    plan: str | None = None
 
 
 def estimate(
@@ -200,7 +204,7 @@ def _work(job: Job, compile_one: Callable[..., Any], which: tuple[int, str]) -> 
 @functools.lru_cache(maxsize=1)
 def _calls_of(job: Job) -> list[Call]:
     """The same list as the parent process has: rehearsing is deterministic."""
-    return rehearse(open_model(job.folder, describe_devices(job.topology)), job.task)
+    return rehearse(open_model(job.folder, describe_devices(job.topology), job.plan), job.task)
 
 
 def _dearness(call: Call) -> int:

@@ -14,14 +14,15 @@ from typing import Any
 import jax
 
 from comfyui_tpu.models.cogvideox import CogVideoX
-from comfyui_tpu.models.common import OpenedModel, Task
+from comfyui_tpu.models.common import OpenedModel, Plans, Task
 from comfyui_tpu.models.flux2 import Flux2
 from comfyui_tpu.models.wan import WanTextToVideo
 from comfyui_tpu.models.wan_i2v import WanImageToVideo
 from comfyui_tpu.runtime import program
 from comfyui_tpu.runtime.checkpoint import read_config
 from comfyui_tpu.runtime.device_module import DeviceModule
-from comfyui_tpu.runtime.errors import CheckpointError
+from comfyui_tpu.runtime.errors import CheckpointError, PlanError
+from comfyui_tpu.runtime.plan import Plan
 
 FAMILIES: dict[str, type[OpenedModel]] = {
     "Flux2Pipeline": Flux2,
@@ -54,11 +55,15 @@ class Call:
         return f"{self.components[0]} {self.method}"
 
 
-def open_model(folder: Path, devices: tuple) -> OpenedModel:
+def open_model(folder: Path, devices: tuple, plan: str | None = None) -> OpenedModel:
     """The checkpoint in ``folder`` on described ``devices``; only its configs are read.
+
+    Args:
+        plan: name of the plan that its transformers run under; the one that production would choose when None.
 
     Raises:
         CheckpointError: it is none of the families that run here.
+        PlanError: its transformer has no plan of that name for so many devices.
     """
     index = read_config(folder, "model_index.json")
     family = FAMILIES.get(index.get("_class_name", ""))
@@ -66,7 +71,18 @@ def open_model(folder: Path, devices: tuple) -> OpenedModel:
         raise CheckpointError(
             f"{folder} is a checkpoint for {index.get('_class_name')}; expected one for {', '.join(FAMILIES)}."
         )
-    return family(folder, devices)
+    model = family(folder, devices)
+    if plan is None:
+        return model
+    plans = {each.name: each for each in transformer_plans(model)}
+    if plan not in plans:
+        raise PlanError(f"the plan must be one of {', '.join(plans)} on {len(devices)} devices; got {plan!r}.")
+    return family(folder, devices, Plans(transformer=plans[plan]))
+
+
+def transformer_plans(model: OpenedModel) -> tuple[Plan, ...]:
+    """All plans that the model's transformer can run under on its devices."""
+    return model.transformer.spec.plans(len(model.transformer.devices), model.transformer.raw_config)
 
 
 def rehearse(model: OpenedModel, task: Task) -> list[Call]:

@@ -100,6 +100,7 @@ def comparison_rows(estimates: list[dict[str, Any]]) -> list[tuple[str, list[str
     """What is compared, and its value for each estimate; the first row names them."""
     return [
         ("", [f"{e['model']} {e['topology']}" for e in estimates]),
+        ("plan", [e["plans"].get("transformer", "") for e in estimates]),
         ("fits", ["resident" if e["fits_resident"] else "in turns" if e["fits"] else "NO" for e in estimates]),
         ("HBM a chip", [gib(e["hbm_bytes_per_chip"]) for e in estimates]),
         ("HBM available", [gib(e["hbm_bytes_available"]) for e in estimates]),

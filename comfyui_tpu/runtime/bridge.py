@@ -11,7 +11,7 @@ import contextvars
 import functools
 import threading
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,6 +24,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from comfyui_tpu.ops import attention as attention_ops
 from comfyui_tpu.ops import norm as norm_ops
+from comfyui_tpu.ops import rows, tensor_parallel
 from comfyui_tpu.ops.sharded_attention import attend
 from comfyui_tpu.runtime.plan import Plan
 
@@ -49,7 +50,16 @@ class TraceContext:
         """``[B, S, C]`` activations with their tokens spread over the chips, if the plan says so."""
         if not self.plan.shard_tokens or x.ndim != 3:
             return x
-        return self.constrain(x, None, self.plan.axis_names, None)
+        return self.constrain(x, *self.plan.axes_of(x.shape[0]), None)
+
+    def rows(self, batch: int) -> dict[str, Any]:
+        """How ``[B, S, C]`` activations lie over the mesh, for the row-wise kernels."""
+        spec = PartitionSpec(*self.plan.axes_of(batch)) if self.plan.shard_tokens else PartitionSpec()
+        return {"mesh": self.mesh, "spec": spec}
+
+    def splits(self, *features: int) -> bool:
+        """Whether layers of so many features are tensor-parallel under this plan."""
+        return self.plan.splits_features and all(number % self.plan.chips == 0 for number in features)
 
     def gathered(self, weight: jax.Array) -> jax.Array:
         """One layer's weight as its layer uses it: on every chip whole, if the plan gathers weights."""
@@ -62,6 +72,73 @@ _context: contextvars.ContextVar[TraceContext] = contextvars.ContextVar("comfyui
 def current_trace() -> TraceContext:
     """The context of the trace this code runs in; LookupError outside of :func:`trace`."""
     return _context.get()
+
+
+def split_outputs(x: torch.Tensor, *layers: torch.nn.Linear) -> list[list[torch.Tensor]]:
+    """While tracing: ``x`` ``[B, S, C]`` through linear layers without bias that read the same activations.
+
+    Returns:
+        For each layer its output features, ``[B, S, ...]`` each, cut where its units (``layer.units``) begin; features
+        lie as the plan has them: under tensor parallelism each chip has its part of every unit.
+    """
+    env, context = environment(), current_trace()
+    x = env.t2j_iso(x)
+    weights = [env.t2j_iso(layer.weight) for layer in layers]
+    units = [getattr(layer, "units", (0, 1))[1] for layer in layers]
+    if context.splits(*(weight.shape[0] // number for weight, number in zip(weights, units, strict=True))):
+        return env.j2t_iso(tensor_parallel.split_outputs(x, weights, units, mesh=context.mesh))
+    made = [tensor_parallel.linear(x, weight) for weight in weights]
+    return env.j2t_iso([jnp.split(y, number, axis=-1) for y, number in zip(made, units, strict=True)])
+
+
+def split_inputs(parts: Sequence[torch.Tensor], layer: torch.nn.Linear) -> torch.Tensor:
+    """While tracing: ``parts``, ``[B, S, units·N]`` each, side by side through a linear layer without bias.
+
+    The result is ``[B, S, C]``, under tensor parallelism with its tokens split over the chips.
+    """
+    env, context = environment(), current_trace()
+    parts, weight = env.t2j_iso((list(parts), layer.weight))
+    if context.splits(*(part.shape[-1] for part in parts)):
+        return env.j2t_iso(tensor_parallel.split_inputs(parts, weight, mesh=context.mesh))
+    return env.j2t_iso(tensor_parallel.linear(jnp.concatenate(parts, axis=-1), weight))
+
+
+def layer_norm_modulate(
+    x: torch.Tensor,
+    norm: torch.nn.Module,
+    scale: torch.Tensor | None = None,
+    shift: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """While tracing: ``norm(x) · (1 + scale) + shift`` in float32, rounded to ``x``'s dtype.
+
+    Args:
+        x: ``[B, S, C]``, tokens spread as the plan says.
+        norm: a layer norm over C, with or without weight and bias; or an identity.
+        scale, shift: ``[B, 1, C]``.
+    """
+    if not isinstance(norm, torch.nn.LayerNorm):
+        return norm(x)
+    env, context = environment(), current_trace()
+    x, *rest = env.t2j_iso((x, norm.weight, norm.bias, scale, shift))
+    named = dict(zip(("weight", "bias", "scale", "shift"), rest, strict=True))
+    return env.j2t_iso(rows.layer_norm_modulate(x, eps=norm.eps, **named, **context.rows(x.shape[0])))
+
+
+def rms_norm_rotary(
+    x: torch.Tensor, norm: torch.nn.RMSNorm, rotary: tuple[torch.Tensor, torch.Tensor] | None
+) -> torch.Tensor:
+    """While tracing: an RMS norm over all heads of ``x`` ``[B, S, H·D]``, then the rotary embedding of each head.
+
+    ``rotary``: cosines and sines, each angle twice, with ``S·D`` elements; None for no rotation.
+    """
+    env, context = environment(), current_trace()
+    x, weight, rotary = env.t2j_iso((x, norm.weight, rotary))
+    heads, tables = 1, {}
+    if rotary is not None:
+        cosines, sines = (table.reshape(x.shape[1], -1).astype(jnp.float32) for table in rotary)
+        heads, tables = x.shape[2] // cosines.shape[1], {"cosines": cosines, "sines": sines}
+    options = {"eps": norm.eps, "heads": heads, "over": "width", **tables, **context.rows(x.shape[0])}
+    return env.j2t_iso(rows.rms_norm_rotary(x, weight, **options))
 
 
 def trace(
@@ -155,12 +232,16 @@ def _sharded_attention(context: TraceContext, q, k, v, mask, scale):
     plan, options = context.plan, {"scale": scale, "smooth_keys": context.smooth_keys}
     if mask is not None or (plan.attention == "replicated" and plan.chips > 1):
         return attention_ops.attention(q, k, v, mask=mask, **options)
-    strategy = "ring" if plan.attention == "ring" else "heads"
+    strategy = "heads" if plan.attention == "replicated" else plan.attention
     # Models turn [B, S, H, D] for torch's operator; turned back, nothing is left of that in the program.
     q, k, v = (jnp.swapaxes(x, 1, 2) for x in (q, k, v))
-    out = attend(q, k, v, mesh=context.mesh, strategy=strategy, ring_chips=plan.ring_chips, **options)
-    # Said once more: tokens that do not divide were cut to their number, and XLA would gather what it is not told.
-    return jnp.swapaxes(context.constrain(out, None, plan.axis_names, None, None), 1, 2)
+    batch, tokens = plan.axes_of(q.shape[0])
+    options |= {"ring_chips": plan.ring_chips, "batch_axes": batch}
+    out = attend(q, k, v, mesh=context.mesh, strategy=strategy, **options)
+    if strategy != "own heads":
+        # Said once more: tokens that do not divide were cut to their number, and XLA would gather what it is not told.
+        out = context.constrain(out, batch, tokens, None, None)
+    return jnp.swapaxes(out, 1, 2)
 
 
 def _group_norm(input, num_groups, weight=None, bias=None, eps=1e-5):

@@ -14,7 +14,7 @@ import os
 import re
 import weakref
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -116,6 +116,15 @@ class Checkpoint:
             )
         self._files[info.file].read_into(out, info.offset + start)
         return out
+
+    def viewed(self, shapes: Mapping[str, tuple[int, ...]]) -> Checkpoint:
+        """The same tensors, some of them seen with an axis as several: the same bytes in the same order.
+
+        Args:
+            shapes: name → shape, each of as many elements as the tensor.
+        """
+        changed = {name: replace(self._info(name), shape=tuple(shape)) for name, shape in shapes.items()}
+        return Checkpoint(self.folder, {**self.tensors, **changed}, self._files)
 
     def _info(self, name: str) -> TensorInfo:
         if name not in self.tensors:

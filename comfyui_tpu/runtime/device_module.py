@@ -22,7 +22,7 @@ import jax.numpy as jnp
 import numpy as np
 import torch
 
-from comfyui_tpu.runtime import bridge, loader, program, skeleton
+from comfyui_tpu.runtime import bridge, loader, plan_choice, program, skeleton
 from comfyui_tpu.runtime.checkpoint import Checkpoint, explained_settings, read_config
 from comfyui_tpu.runtime.errors import CheckpointError
 from comfyui_tpu.runtime.integrity import verify_if_asked
@@ -40,7 +40,7 @@ class ComponentSpec:
         name: what people call it (``"transformer"``); also its folder in the checkpoint.
         build: config → torch module; called where weights are not allocated.
         methods: name → function of the module (and its inputs by keyword) that is compiled as one program.
-        default_plan: number of chips → plan.
+        plans: (number of chips, config) → the plans this component can run under, the usual one first.
         stacked: the block lists that run as one scan: dotted paths, or scans with the names of what they carry.
         keep_float32: parts of dotted names whose weights stay float32 when the rest is bfloat16.
         always_float32: the whole component computes in float32 on every device.
@@ -52,7 +52,7 @@ class ComponentSpec:
     name: str
     build: Callable[[dict], torch.nn.Module]
     methods: Mapping[str, Callable[..., Any]]
-    default_plan: Callable[[int], Plan]
+    plans: Callable[[int, dict], tuple[Plan, ...]]
     config_class: str
     stacked: tuple[str | skeleton.Scan, ...] = ()
     keep_float32: tuple[str, ...] = ()
@@ -103,7 +103,8 @@ class DeviceModule:
         self.raw_config = read_config(self.folder)
         _check_class(spec, self.folder, self.raw_config)
         self.devices = tuple(devices or jax.devices())
-        self.plan = plan or spec.default_plan(len(self.devices))
+        admitted = spec.plans(len(self.devices), self.raw_config)
+        self.plan = plan or plan_choice.chosen(admitted, spec.config_class, self.devices)
         self.mesh = mesh_of(self.plan, self.devices)
         self.options = Options()
         self.identity = _weights_identity(self.folder)
@@ -307,11 +308,10 @@ class DeviceModule:
                 sharding=shapes[name].sharding,
                 sources=tuple(_stored_name(checkpoint, names, self.spec.prefixes) for names in weight.sources),
                 stacked=weight.stacked,
+                units=weight.units if self.plan.splits_features else None,
             )
             for name, weight in self.skeleton.weights.items()
         }
-        shapes_of_sources = {name: target.source_shape for target in targets.values() for name in target.sources}
-        checkpoint = checkpoint.viewed(shapes_of_sources)
         arrays = loader.load(checkpoint, targets, ignore=self._unused_names(targets), stage=f"loading {self.spec.name}")
         with loader.deleted_on_error(arrays):
             for name, tensor in self.skeleton.computed.items():

@@ -45,6 +45,8 @@ class Target:
         sharding: where the array lies. The layer axis of a stacked array cannot be sharded.
         sources: checkpoint tensors: one, or with ``stacked`` one a layer.
         stacked: the sources lie along a new leading axis; always so with more than one.
+        units: (axis, number): that axis of a source (sharded by the spec) consists of so many equal units, and each
+            device gets its part of every unit instead of one stretch of the whole axis.
     """
 
     shape: tuple[int, ...]
@@ -52,6 +54,7 @@ class Target:
     sharding: Sharding
     sources: tuple[str, ...]
     stacked: bool = False
+    units: tuple[int, int] | None = None
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "stacked", self.stacked or len(self.sources) > 1)
@@ -60,6 +63,25 @@ class Target:
     def source_shape(self) -> tuple[int, ...]:
         """Shape that each source must have."""
         return tuple(self.shape[1:] if self.stacked else self.shape)
+
+    @property
+    def view_shape(self) -> tuple[int, ...]:
+        """The shape in which a source is read: an axis of units as two, which changes no byte's place."""
+        if self.units is None:
+            return self.source_shape
+        axis, number = self.units
+        shape = self.source_shape
+        return (*shape[:axis], number, shape[axis] // number, *shape[axis + 1 :])
+
+    @property
+    def view_sharding(self) -> Sharding:
+        """Where one source lies, as :attr:`view_shape`."""
+        sharding = self.source_sharding
+        if self.units is None or isinstance(sharding, SingleDeviceSharding):
+            return sharding
+        spec = [*sharding.spec, *[None] * (self.units[0] + 1 - len(sharding.spec))]
+        spec.insert(self.units[0], None)
+        return NamedSharding(sharding.mesh, PartitionSpec(*spec), memory_kind=sharding.memory_kind)
 
     @property
     def device_dtype(self) -> np.dtype:
@@ -103,6 +125,10 @@ def load(
     if readers < 1:
         raise InvalidInput(f"expected at least 1 reader; got {readers}")
     _check_names(checkpoint, targets, list(ignore))
+    for name, target in targets.items():
+        for source in target.sources:
+            _check_source(name, target, checkpoint.tensors[source])
+    checkpoint = checkpoint.viewed({source: t.view_shape for t in targets.values() for source in t.sources})
     jobs = _jobs(checkpoint, targets)
     shards = _stages(stage, jobs)
     reporter = current_reporter()  # readers run in other threads, which have no reporter
@@ -177,7 +203,6 @@ def _jobs(checkpoint: Checkpoint, targets: Mapping[str, Target]) -> list[_Job]:
         _check_sharding(name, target)
         stack = _HostStack(target) if target.stacked and _computes_in_host_memory(target.sharding) else None
         for layer, source in enumerate(target.sources):
-            _check_source(name, target, checkpoint.tensors[source])
             jobs.append(_Job(name, target, layer, checkpoint.tensors[source], stack))
     return sorted(jobs, key=lambda job: (job.info.file, job.info.offset, job.name))
 
@@ -232,7 +257,7 @@ class _HostStack:
 
     def __init__(self, target: Target):
         self._target = target
-        self._devices_of = _boxes(target.source_sharding, target.source_shape)
+        self._devices_of = _boxes(target.view_sharding, target.view_shape)
         self._missing = len(target.sources)
         self._slices = {box: _empty((self._missing, *_extent(box)), target.device_dtype) for box in self._devices_of}
 
@@ -294,11 +319,11 @@ def _read(checkpoint: Checkpoint, job: _Job, stop: threading.Event) -> jax.Array
     if job.stack is not None:
         _read_slices(checkpoint, job.info, job.stack.layer(job.layer), stop)
         return None
-    sharding = job.target.source_sharding
-    devices_of = _boxes(sharding, job.info.shape)
+    target = job.target
+    devices_of = _boxes(target.view_sharding, target.view_shape)
     slices = {box: _empty(_extent(box), job.target.device_dtype) for box in devices_of}
     _read_slices(checkpoint, job.info, slices, stop)
-    return _on_devices(job.info.shape, sharding, slices, devices_of)
+    return _on_devices(target.source_shape, target.source_sharding, slices, devices_of)
 
 
 def _on_devices(
@@ -307,10 +332,15 @@ def _on_devices(
     slices: Mapping[Box, np.ndarray],
     devices_of: Mapping[Box, list[jax.Device]],
 ) -> jax.Array:
-    """One array from its slices. On the CPU backend it may live in their very memory: they must not change any more."""
+    """One array from its slices (an axis of units merged again, which a device's part of it allows without a copy).
+
+    On the CPU backend it may live in their very memory: they must not change any more.
+    """
+    extent = sharding.shard_shape(tuple(shape))
     for box, devices in devices_of.items():
         simulate_allocation(devices, slices[box].nbytes)
-    shards = [jax.device_put(slices[box], device) for box, devices in devices_of.items() for device in devices]
+    parts = [(slices[box].reshape(extent), device) for box, devices in devices_of.items() for device in devices]
+    shards = [jax.device_put(part, device) for part, device in parts]
     return jax.block_until_ready(jax.make_array_from_single_device_arrays(tuple(shape), sharding, shards))
 
 

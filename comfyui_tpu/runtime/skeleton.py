@@ -27,12 +27,15 @@ class Weight:
         dtype: the module's own dtype for it.
         sources: per layer, the checkpoint names it may be stored under (more than one for tied weights).
         stacked: whether the leading axis counts layers.
+        units: an axis (layers not counted) and of how many equal units it consists, where a layer fuses several
+            (``linear.units``); under tensor parallelism every chip has its part of each unit.
     """
 
     shape: tuple[int, ...]
     dtype: torch.dtype
     sources: tuple[tuple[str, ...], ...]
     stacked: bool
+    units: tuple[int, int] | None = None
 
 
 @dataclass(frozen=True)
@@ -198,13 +201,20 @@ def _weights(module, persistent, layers, names) -> dict[str, Weight]:
         path = next((p for p in layers if name.startswith(f"{p}.0.block.")), None)
         if path is None:
             if name in persistent:
-                weights[name] = Weight(tuple(tensor.shape), tensor.dtype, (names[name],), False)
+                units = _units(module, name)
+                weights[name] = Weight(tuple(tensor.shape), tensor.dtype, (names[name],), False, units)
             continue
         rest = name.removeprefix(f"{path}.0.block.")
         if f"{path}.0.{rest}" in persistent:
             sources = tuple((f"{path}.{i}.{rest}",) for i in range(layers[path]))
-            weights[name] = Weight((layers[path], *tensor.shape), tensor.dtype, sources, True)
+            units = _units(module, name)
+            weights[name] = Weight((layers[path], *tensor.shape), tensor.dtype, sources, True, units)
     return weights
+
+
+def _units(module: torch.nn.Module, name: str) -> tuple[int, int] | None:
+    owner, _, leaf = name.rpartition(".")
+    return getattr(module.get_submodule(owner), "units", None) if leaf == "weight" else None
 
 
 def _computed(module, persistent, layers) -> dict[str, torch.Tensor]:

@@ -1,6 +1,5 @@
 """CogVideoX against the stock ``CogVideoXPipeline`` on torch CPU float32, on one device and on eight."""
 
-import dataclasses
 import importlib.util
 import json
 import logging
@@ -13,14 +12,14 @@ import torch
 from diffusers import CogVideoXDDIMScheduler, CogVideoXDPMScheduler, CogVideoXPipeline
 
 from comfyui_tpu.models import cogvideox, cogvideox_preview
-from comfyui_tpu.models.cogvideox_components import TRANSFORMER, CogVideoXTransformer
+from comfyui_tpu.models.cogvideox_components import CogVideoXTransformer
 from comfyui_tpu.runtime import program
 from comfyui_tpu.runtime.errors import CheckpointError, InvalidInput, NumericsError
-from comfyui_tpu.runtime.plan import spatial, spread
 from comfyui_tpu.runtime.registry import registry
 from tests.checkpoints import cogvideox as checkpoints
 from tests.checkpoints.checks import edited
 from tests.checkpoints.tokenizer import CORPUS
+from tests.models.plans import sharded
 from tests.models.reference import COMPONENT_BOUND, FRAME_BOUND, LATENT_BOUND, relative_error
 
 SETTINGS = {
@@ -35,14 +34,8 @@ PROMPTS = ("A red fox runs through fresh snow, 雪", "blurred, low quality")
 BFLOAT16_BOUND = 0.1  # no parity, only: everything is cast where it must be
 
 
-def small_plan(chips):
-    """The production plan with nothing too small to be sharded, so that tiny weights are."""
-    return dataclasses.replace(spread(chips), min_sharded_elements=1)
-
-
 def open_on(devices, folder):
-    chips = len(devices)
-    return cogvideox.CogVideoX(folder, devices, cogvideox.Plans(small_plan(chips), small_plan(chips), spatial(chips)))
+    return sharded(cogvideox.CogVideoX, folder, devices)
 
 
 def stock(folder):
@@ -132,7 +125,7 @@ def test_heads_that_do_not_divide_over_the_chips(tmp_path, references):
     inputs = transformer_inputs(references["1.5-5b"], frames=4)
     with torch.no_grad():
         expected = CogVideoXTransformer3DModel.from_pretrained(folder / "transformer")(**inputs)[0]
-    ours = CogVideoXTransformer(TRANSFORMER, folder, devices=tuple(jax.devices()), plan=small_plan(8))
+    ours = open_on(tuple(jax.devices()), folder).transformer
     assert relative_error(ours(**inputs)[0], expected) <= COMPONENT_BOUND
 
 

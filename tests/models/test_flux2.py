@@ -1,6 +1,5 @@
 """Flux.2 against the stock ``Flux2Pipeline`` on torch CPU float32, on one device and on eight."""
 
-import dataclasses
 import json
 import shutil
 import threading
@@ -14,11 +13,11 @@ from diffusers import Flux2Pipeline
 from comfyui_tpu.models import flux2, flux2_components
 from comfyui_tpu.runtime import program
 from comfyui_tpu.runtime.errors import CheckpointError, InvalidInput, NumericsError
-from comfyui_tpu.runtime.plan import spatial, spread
 from comfyui_tpu.runtime.registry import registry
 from tests.checkpoints import flux2 as tiny
 from tests.checkpoints import write
 from tests.checkpoints.checks import edited
+from tests.models.plans import sharded
 from tests.models.reference import COMPONENT_BOUND, FRAME_BOUND, LATENT_BOUND, relative_error
 
 PROMPT = "A red fox runs through fresh snow, 雪"
@@ -40,10 +39,7 @@ def reference(folder):
 
 
 def open_on(devices, folder):
-    """The production plans with nothing too small to be sharded, so that tiny weights are."""
-    chips = len(devices)
-    plan = dataclasses.replace(spread(chips), min_sharded_elements=1)
-    return flux2.Flux2(folder, devices, flux2.Plans(plan, plan, spatial(chips)))
+    return sharded(flux2.Flux2, folder, devices)
 
 
 @pytest.fixture(scope="module")

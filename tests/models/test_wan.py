@@ -1,6 +1,5 @@
 """Wan 2.1 against the stock ``WanPipeline`` on torch CPU float32, on one device and on eight."""
 
-import dataclasses
 import shutil
 import threading
 
@@ -11,10 +10,10 @@ import torch
 from comfyui_tpu.models import wan
 from comfyui_tpu.runtime import program
 from comfyui_tpu.runtime.errors import CheckpointError, InvalidInput, NumericsError
-from comfyui_tpu.runtime.plan import spatial, spread
 from comfyui_tpu.runtime.registry import registry
 from tests.checkpoints import wan21
 from tests.checkpoints.checks import edited
+from tests.models.plans import sharded
 from tests.models.reference import COMPONENT_BOUND, FRAME_BOUND, LATENT_BOUND, relative_error
 
 SETTINGS = {
@@ -29,14 +28,8 @@ SETTINGS = {
 PROMPTS = ("A red fox runs through fresh snow, 雪", "blurred, low quality")
 
 
-def small_plan(chips):
-    """The production plan with nothing too small to be sharded, so that tiny weights are."""
-    return dataclasses.replace(spread(chips), min_sharded_elements=1)
-
-
 def open_on(devices, folder):
-    chips = len(devices)
-    return wan.WanTextToVideo(folder, devices, wan.Plans(small_plan(chips), small_plan(chips), spatial(chips)))
+    return sharded(wan.WanTextToVideo, folder, devices)
 
 
 @pytest.fixture(scope="module")
@@ -135,7 +128,7 @@ def test_heads_that_do_not_divide_over_the_chips(tmp_path):
     from diffusers import WanTransformer3DModel
 
     reference = WanTransformer3DModel.from_pretrained(folder / "transformer")
-    ours = wan.WanTransformer(wan.TRANSFORMER, folder, devices=tuple(jax.devices()), plan=small_plan(8))
+    ours = open_on(tuple(jax.devices()), folder).transformer
     inputs = {
         "hidden_states": torch.randn(2, 16, 3, 10, 14, generator=torch.Generator().manual_seed(0)),
         "timestep": torch.tensor([17, 900]),

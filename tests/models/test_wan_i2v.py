@@ -1,6 +1,5 @@
 """Wan 2.2 image-to-video against the stock ``WanImageToVideoPipeline`` on torch CPU float32."""
 
-import dataclasses
 import shutil
 
 import jax
@@ -12,8 +11,8 @@ from comfyui_tpu.models import wan
 from comfyui_tpu.models.wan_i2v import WanImageToVideo, fit_picture
 from comfyui_tpu.runtime import program
 from comfyui_tpu.runtime.errors import CheckpointError, InvalidInput
-from comfyui_tpu.runtime.plan import spatial, spread
 from tests.checkpoints import wan22, write
+from tests.models.plans import sharded
 from tests.models.reference import FRAME_BOUND, LATENT_BOUND, relative_error
 
 SIZE = {"height": 256, "width": 272, "num_frames": 17}
@@ -21,13 +20,8 @@ SETTINGS = {"num_inference_steps": 8, "guidance_scale": 3.5, "guidance_scale_2":
 PROMPTS = ("The fox turns its head", "still picture")
 
 
-def small_plan(chips):
-    return dataclasses.replace(spread(chips), min_sharded_elements=1)
-
-
 def open_on(devices, folder):
-    chips = len(devices)
-    return WanImageToVideo(folder, devices, wan.Plans(small_plan(chips), small_plan(chips), spatial(chips)))
+    return sharded(WanImageToVideo, folder, devices)
 
 
 @pytest.fixture(scope="module")

@@ -552,3 +552,21 @@ def free_port():
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return probe.getsockname()[1]
+
+
+@pytest.mark.parametrize(("axis", "spec"), [(0, P("x")), (1, P(None, "x"))])
+@pytest.mark.parametrize("stacked", [False, True])
+def test_each_device_gets_its_part_of_every_unit(tmp_path, axis, spec, stacked):
+    names = ("a", "b") if stacked else ("a",)
+    stored = {name: floats(48, 72) for name in names}
+    spec = P(None, *spec) if stacked else spec
+    shape = (2, 48, 72) if stacked else (48, 72)
+    target = Target(shape, F32, eight(*spec), names, stacked, units=(axis, 3))
+    array = load(checkpoint_of(tmp_path, stored), {"w": target})["w"]
+    assert array.shape == shape
+    expected = np.stack([stored[name] for name in names]) if stacked else stored["a"]
+    for number, device in enumerate(jax.devices()):
+        (shard,) = (shard.data for shard in array.addressable_shards if shard.device == device)
+        units = np.split(expected, 3, axis=axis - 2)
+        mine = np.concatenate([np.split(unit, 8, axis=axis - 2)[number] for unit in units], axis=axis - 2)
+        np.testing.assert_array_equal(shard, mine)

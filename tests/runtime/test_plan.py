@@ -1,13 +1,24 @@
 """Plans place weights and activations for any number of chips."""
 
 import dataclasses
+from types import SimpleNamespace
 
 import jax
 import pytest
 from jax.sharding import PartitionSpec as P
 
 from comfyui_tpu.runtime.errors import PlanError
-from comfyui_tpu.runtime.plan import LARGEST_AXIS, REPLICATED, Plan, mesh_of, spatial, spread
+from comfyui_tpu.runtime.plan import (
+    LARGEST_AXIS,
+    REPLICATED,
+    Plan,
+    guided,
+    mesh_of,
+    neighbours_in_a_ring,
+    spatial,
+    spread,
+    tensor,
+)
 
 CHIPS = ("chips",)
 
@@ -69,7 +80,7 @@ def test_default_plans_exist_for_every_number_of_chips(chips):
 
 
 def test_attention_is_one_of_the_known_ways():
-    with pytest.raises(PlanError, match=r"one of \('heads', 'ring', 'replicated'\); got 'columns'"):
+    with pytest.raises(PlanError, match=r"one of .*'own heads'\); got 'columns'"):
         dataclasses.replace(spread(8), attention="columns")
 
 
@@ -88,3 +99,39 @@ def test_a_mesh_of_another_size_is_refused():
 def test_plans_are_data():
     assert spread(8) == spread(8)
     assert hash(Plan("x", (("a", 2),))) == hash(Plan("x", (("a", 2),)))
+
+
+def test_tensor_parallel_weights_are_split_by_features():
+    plan = tensor(8, r"to_q\.", r"to_out\.")
+    assert plan.weight_spec("to_q.weight", (6144, 3072)) == P(CHIPS)
+    assert plan.weight_spec("to_q.bias", (6144,)) == P(CHIPS), "a bias belongs to the outputs"
+    assert plan.weight_spec("to_out.weight", (40, 6144, 3072), stacked=True) == P(None, None, CHIPS)
+    assert plan.weight_spec("to_out.bias", (6144,)) == P(), "added once, by everybody"
+    assert plan.weight_spec("to_q.weight", (12, 64)) == P(), "12 features are not split 8 ways"
+
+
+def test_a_batch_takes_its_axes_only_where_it_divides():
+    plan = guided(8)
+    assert plan.axes_of(2) == (("branch",), ("chips",))
+    assert plan.axes_of(1) == ((), ("branch", "chips"))
+    assert plan.splits_batch(2)
+    assert not plan.splits_batch(1)
+    assert not spread(8).splits_batch(2)
+
+
+def fake_devices(*coords):
+    return tuple(SimpleNamespace(coords=place) for place in coords)
+
+
+def test_a_ring_goes_from_neighbour_to_neighbour():
+    devices = fake_devices(*((x, y, 0) for y in range(4) for x in range(2)))
+    ring = neighbours_in_a_ring(devices)
+    assert sorted(map(id, ring)) == sorted(map(id, devices))
+    for one, other in zip(ring, (*ring[1:], ring[0]), strict=True):
+        assert sum(abs(a - b) for a, b in zip(one.coords, other.coords, strict=True)) == 1
+
+
+def test_devices_without_a_ring_stay_in_their_order():
+    line = fake_devices((0, 0, 0), (1, 0, 0), (2, 0, 0))
+    assert neighbours_in_a_ring(line) == line
+    assert neighbours_in_a_ring(tuple(jax.devices())) == tuple(jax.devices())
