@@ -10,6 +10,8 @@ from comfyui_tpu.runtime.memory import BUDGET_VARIABLE
 from tests.comfy.server import REPOSITORY, ComfyServer
 from tests.reliability.models import BUDGET, write_checkpoints
 
+TOKEN = "hf_ThisIsTheSecretOfTheReliabilityTests"  # noqa: S105
+
 
 def prepare(base: Path) -> Path:
     """A ComfyUI base folder with our packs and the tests' own."""
@@ -43,7 +45,8 @@ def make_base(checkpoints, tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def server(comfyui_checkout, make_base) -> ComfyServer:
-    with ComfyServer(comfyui_checkout, make_base(), environment={BUDGET_VARIABLE: str(BUDGET)}) as server:
+    environment = {BUDGET_VARIABLE: str(BUDGET), "HF_TOKEN": TOKEN}
+    with ComfyServer(comfyui_checkout, make_base(), environment=environment) as server:
         yield server
 
 
