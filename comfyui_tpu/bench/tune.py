@@ -11,7 +11,7 @@ import numpy as np
 from comfyui_tpu.bench.attention import ESTIMATE, row, table, versions
 from comfyui_tpu.bench.compiling import Compiled
 from comfyui_tpu.bench.kernels import OURS, Job, Shape, our_blocks
-from comfyui_tpu.ops.splash_blocks import Blocks
+from comfyui_tpu.ops.splash_blocks import Blocks, heads_together, padded_head_dim
 from comfyui_tpu.plan.hardware import Topology
 
 FORMAT = "QUERIES,KEYS,COLUMNS,SLICE[,AHEAD,BEHIND[,VMEM_MIB]]"
@@ -68,7 +68,7 @@ def _limits(rows: list[dict[str, Any]], head_dim: int) -> str | None:
     best = min(rows, key=lambda each: each["cycles_per_1024_logits"])["blocks"]
     alike = [each for each in rows if _cut(each["blocks"]) == _cut(best)]
     columns = None if best["columns"] == best["queries"] else best["columns"]
-    cycles, part_cycles = _costs(alike)
+    cycles, part_cycles = _costs(alike, heads_together(padded_head_dim(head_dim)))
     return (
         f"{head_dim}: Limits(queries={max(each['block_q'] for each in alike)}, "
         f"keys={max(each['block_kv'] for each in alike)}, "
@@ -83,10 +83,11 @@ def _cut(blocks: dict[str, Any]) -> tuple[Any, ...]:
     return (None if whole else blocks["columns"], blocks["slice"], blocks["ahead"], blocks["behind"])
 
 
-def _costs(rows: list[dict[str, Any]]) -> tuple[float, float]:
-    """Cycles per 1024 logits and per part that explain these tiles best; all per logit where they are too alike."""
-    logits = np.array([each["block_q"] * each["block_kv"] / 1024 for each in rows])
-    parts = np.array([_parts(each["blocks"]) for each in rows])
+def _costs(rows: list[dict[str, Any]], together: int = 1) -> tuple[float, float]:
+    """Cycles per 1024 logits and per part that explain these tiles of ``together`` heads best; all per logit where
+    they are too alike."""
+    logits = np.array([together * each["block_q"] * each["block_kv"] / 1024 for each in rows])
+    parts = np.array([together * _parts(each["blocks"]) for each in rows])
     cycles = np.array([each["cycles_per_tile"] - START_AND_END for each in rows])
     found, _, independent, _ = np.linalg.lstsq(np.stack([logits, parts], axis=1), cycles, rcond=1e-6)
     if independent == 2 and found.min() >= 0:

@@ -24,22 +24,22 @@ def stored(seconds=1.0) -> Compiled:
 def test_the_fastest_comes_first_within_its_length():
     made = ours(Made(), tiles=3)
     slower = dataclasses.replace(TILED, shape=dataclasses.replace(SHAPE, heads=4))
-    report = tune.rank([Compiled(slower, made), Compiled(TILED, made), stored()], V6E, 64)
+    report = tune.rank([Compiled(slower, made), Compiled(TILED, made), stored()], V6E, 128)
     assert [row["seq"] for row in report["rows"]] == [500, 1000, 1000]
     assert report["rows"][1]["cycles_total"] < report["rows"][2]["cycles_total"]
 
 
 def test_the_line_is_one_for_the_table():
-    line = tune.rank([stored()], V6E, 64)["limits"]
+    line = tune.rank([stored()], V6E, 128)["limits"]
     assert line.startswith(
-        "64: Limits(queries=256, keys=256, area=65536, columns=128, slices=(128,), ahead=1, behind=1"
+        "128: Limits(queries=256, keys=256, area=65536, columns=128, slices=(128,), ahead=1, behind=1"
     )
     names = {field.name for field in dataclasses.fields(Limits)}
     assert names == {part.split("=")[0].strip() for part in line.split("Limits(")[1].split(", ")}
 
 
 def test_one_tile_alone_puts_all_its_cycles_on_its_logits():
-    assert f"cycles={(541 - 150) / 64:.3f}, part_cycles=0" in tune.rank([stored()], V6E, 64)["limits"]
+    assert f"cycles={(434 - 150) / 64:.3f}, part_cycles=0" in tune.rank([stored()], V6E, 128)["limits"]
 
 
 def test_costs_are_told_apart_by_tiles_of_several_sizes():
@@ -52,17 +52,20 @@ def test_costs_are_told_apart_by_tiles_of_several_sizes():
         rows.append({"block_q": blocks.queries, "block_kv": blocks.keys, "cycles_per_tile": cycles})
         rows[-1]["blocks"] = dataclasses.asdict(blocks)
     assert tune._costs(rows) == pytest.approx((1.3, 20))
+    for row in rows:
+        row["cycles_per_tile"] += row["cycles_per_tile"] - 150
+    assert tune._costs(rows, together=2) == pytest.approx((1.3, 20))  # two heads in each tile
 
 
 def test_what_does_not_fit_is_listed_and_not_ranked():
     outside = Compiled(TILED, None, reason="RESOURCE_EXHAUSTED: VMEM")
-    report = tune.rank([outside, stored()], V6E, 64)
+    report = tune.rank([outside, stored()], V6E, 128)
     assert len(report["rows"]) == 1
     assert "does not fit: RESOURCE_EXHAUSTED: VMEM" in tune.render(report)
 
 
 def test_the_text_has_the_versions_the_basis_and_the_line():
-    report = tune.rank([stored()], V6E, 64)
+    report = tune.rank([stored()], V6E, 128)
     text = tune.render(report)
     assert f"libtpu {report['versions']['libtpu']}" in text
     assert "nothing was measured on a TPU" in text
