@@ -10,7 +10,6 @@ import shutil
 import subprocess
 import sys
 import tomllib
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -20,15 +19,23 @@ PACKS = sorted((REPOSITORY / "custom_nodes").glob("ComfyUI-*"))
 LIBRARY = tomllib.loads((REPOSITORY / "pyproject.toml").read_text(encoding="utf-8"))["project"]
 each_pack = pytest.mark.parametrize("pack", PACKS, ids=lambda pack: pack.name)
 
+# What ComfyUI has loaded before it comes to custom nodes, once; then a process of its own for each pack.
 LOAD = """
-import asyncio, json, sys
+import asyncio, json, os, sys
 sys.argv = ["main.py", "--cpu"]
 import comfy.options
 comfy.options.enable_args_parsing()
-import nodes, comfyui_tpu
+import nodes
 before = set(nodes.NODE_CLASS_MAPPINGS)
-loaded = asyncio.run(nodes.load_custom_node({folder!r}))
-print(json.dumps([loaded, comfyui_tpu.__file__, sorted(set(nodes.NODE_CLASS_MAPPINGS) - before)]))
+for folder in sys.stdin.read().split("\\n"):
+    sys.stdout.flush()
+    child = os.fork()
+    if child == 0:
+        loaded = asyncio.run(nodes.load_custom_node(folder))
+        import comfyui_tpu
+        print(json.dumps([loaded, comfyui_tpu.__file__, sorted(set(nodes.NODE_CLASS_MAPPINGS) - before)]), flush=True)
+        os._exit(0)
+    assert os.waitpid(child, 0)[1] == 0, folder
 """
 
 
@@ -127,20 +134,21 @@ def test_pip_reads_every_packs_requirements_and_finds_the_library(wheel, tmp_pat
 def alone(comfyui_checkout, library, tmp_path_factory) -> dict[str, list]:
     """Pack → [loaded, where the library came from, node ids]; its folder is named as `comfy node install` names it."""
     base = tmp_path_factory.mktemp("alone")
-    environment = {**os.environ, "PYTHONPATH": str(library), "PYTHONDONTWRITEBYTECODE": "1"}
-
-    def load(pack: Path) -> list:
-        folder = base / pack.name / manifest(pack)["project"]["name"]
+    folders = [base / pack.name / manifest(pack)["project"]["name"] for pack in PACKS]
+    for pack, folder in zip(PACKS, folders, strict=True):
         shutil.copytree(pack, folder, ignore=shutil.ignore_patterns("__pycache__"))
-        command = [sys.executable, "-c", LOAD.format(folder=str(folder))]
-        done = subprocess.run(
-            command, cwd=comfyui_checkout, env=environment, capture_output=True, text=True, timeout=180
-        )
-        assert done.returncode == 0, done.stderr
-        return json.loads(done.stdout.splitlines()[-1])
-
-    with ThreadPoolExecutor(2) as pool:
-        return dict(zip([pack.name for pack in PACKS], pool.map(load, PACKS), strict=True))
+    done = subprocess.run(
+        [sys.executable, "-c", LOAD],
+        input="\n".join(map(str, folders)),
+        cwd=comfyui_checkout,
+        env={**os.environ, "PYTHONPATH": str(library), "PYTHONDONTWRITEBYTECODE": "1"},
+        capture_output=True,
+        text=True,
+        timeout=180,
+    )
+    assert done.returncode == 0, done.stderr
+    answers = [json.loads(line) for line in done.stdout.splitlines() if line.startswith(("[true", "[false"))]
+    return dict(zip([pack.name for pack in PACKS], answers, strict=True))
 
 
 @pytest.mark.server
