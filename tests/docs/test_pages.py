@@ -36,7 +36,15 @@ PAIRS = [("README.md", "README_EN.md"), *((f"docs/{n}_zh.md", f"docs/{n}.md") fo
 PLACEHOLDERS = {"NAME", "ZONE", "REPOSITORY_URL", "MODEL"}
 # Options of others' commands, as their documentation has them.
 GCLOUD = {"create", "ssh", "delete", "--zone", "--accelerator-type", "--version"}
-OTHERS_OPTIONS = {"--accelerator-type", "--version", "--zone", "--privileged", "--cpu", "--base-directory"}
+OTHERS_OPTIONS = {
+    "--accelerator-type",
+    "--version",
+    "--zone",
+    "--privileged",
+    "--cpu",
+    "--base-directory",
+    "--local-dir",
+}
 FOLDERS = ("examples/", "docs/", "custom_nodes/", "comfyui_tpu/", "tests/", "bootstrap/", "requirements/", ".ci/")
 
 every_page = pytest.mark.parametrize("name", PAGES)
@@ -217,7 +225,7 @@ def check_python(words: list[str]) -> None:
     if module == "pip":
         extras = set(re.search(r"\[(.+)\]", rest[-1]).group(1).split(","))
         assert extras <= set(_library()["optional-dependencies"])
-    elif module == "comfyui_tpu.plan":
+    elif module == "comfyui_tpu.plan" and rest:
         given = plan_cli._parser().parse_args(rest)
         assert given.model in {*catalogue.CATALOGUE, *PLACEHOLDERS}
         for name in (given.topology, *(each for each in given.compare if not each.endswith(".json"))):
@@ -232,8 +240,8 @@ def check_python(words: list[str]) -> None:
     elif module == "pytest":
         for path in (word.split("::")[0] for word in rest if "/" in word):
             assert (REPOSITORY / path).exists(), path
-    else:
-        assert module in ("tests.docs.tables", "bootstrap.examples", "ruff", "hatchling"), words
+    else:  # named, or without arguments
+        assert module in ("comfyui_tpu.plan", "tests.docs.tables", "bootstrap.examples", "ruff", "hatchling"), words
 
 
 def check_bench(given: argparse.Namespace) -> None:
