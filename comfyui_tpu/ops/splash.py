@@ -103,15 +103,15 @@ def splash_attention(
     padded = padded_head_dim(width)
     together = heads_together(padded)
     q, k, v = (_flat(x, padded, together) for x in (query, key, value))
-    mean = _mean(k[:, :keys])
+    mean = _mean(k, keys)
     if smooth_keys:
         k = (k - mean).astype(k.dtype)
-        mean = _mean(k[:, :keys])
+        mean = _mean(k, keys)
     if blocks is None:
         generation = generation_of(device_kind or jax.devices()[0].device_kind)
         blocks = fit(generation, rows, keys, padded, query.dtype.itemsize)
     geometry = _Geometry(blocks, rows, keys, together, padded * together)
-    radius = _radius(k[:, :keys], mean, padded)
+    radius = _radius(k, mean, padded, keys)
     k, v = (_pad(x, 1, geometry.rows_needed) for x in (k, v))
     out, lse = _call(q, k, v, mean, radius, geometry=geometry, factor=scale * LOG2_E, interpret=interpret)
     out = out.reshape(batch, rows, -1, padded)[:, :, :heads, :width]
@@ -148,23 +148,25 @@ def _pad(x: jax.Array, axis: int, length: int) -> jax.Array:
 
 
 # Both sums below are taken in the matrix unit: the vector unit would need several times as long, and the second one an
-# array turned on its side.
-def _mean(k: jax.Array) -> jax.Array:
-    """The mean key, float32 ``[B, 1, C]`` of ``[B, S, C]``."""
-    ones = jnp.ones((8, k.shape[1]), k.dtype)  # eight times the same: XLA would turn a single row into a vector sum
+# array turned on its side. Padding is weighed with zero or left out of the result, because cutting it off would copy.
+def _mean(k: jax.Array, keys: int) -> jax.Array:
+    """The mean of the first ``keys`` keys, float32 ``[B, 1, C]`` of ``[B, S, C]``."""
+    # Eight times the same: XLA would turn a single row into a vector sum.
+    weights = jnp.broadcast_to(jnp.arange(k.shape[1]) < keys, (8, k.shape[1])).astype(k.dtype)
     precision = jax.lax.Precision.HIGHEST if k.dtype == jnp.float32 else None
-    total = jnp.einsum("os,bsc->boc", ones, k, precision=precision, preferred_element_type=jnp.float32)
-    return total[:, :1] / k.shape[1]
+    total = jnp.einsum("os,bsc->boc", weights, k, precision=precision, preferred_element_type=jnp.float32)
+    return total[:, :1] / keys
 
 
-def _radius(k: jax.Array, mean: jax.Array, width: int) -> jax.Array:
-    """The largest distance of a key from the mean key: ``[B·H]``, of ``[B, S, H·width]`` and ``[B, 1, H·width]``.
+def _radius(k: jax.Array, mean: jax.Array, width: int, keys: int) -> jax.Array:
+    """The largest distance of the first ``keys`` keys from the mean key: ``[B·H]``, of ``[B, S, H·width]``.
 
     That the squares are rounded to bfloat16 moves it by less than 0.4 %.
     """
     squares = jnp.square(k - mean).astype(jnp.bfloat16)
     heads = np.repeat(np.eye(k.shape[2] // width), width, axis=1).astype(jnp.bfloat16)
     sums = jnp.einsum("hc,bsc->bhs", heads, squares, preferred_element_type=jnp.float32)
+    sums = jnp.where(jnp.arange(k.shape[1]) < keys, sums, 0)
     return jnp.sqrt(jnp.max(sums, axis=2)).reshape(-1)
 
 
