@@ -8,7 +8,6 @@ from typing import Any
 
 import torch
 
-from comfyui_tpu.models.rotary import rotate_pairs
 from comfyui_tpu.runtime import bridge, causal
 from comfyui_tpu.runtime.device_module import ComponentSpec, DeviceModule
 from comfyui_tpu.runtime.errors import InvalidInput
@@ -62,13 +61,9 @@ class _JointAttention:
     def __call__(self, attn, hidden_states, encoder_hidden_states, attention_mask=None, image_rotary_emb=None):
         text_tokens = encoder_hidden_states.shape[1]
         tokens = torch.cat([encoder_hidden_states, hidden_states], dim=1)
-        query, key, value = (
-            project(tokens).unflatten(2, (attn.heads, -1)).transpose(1, 2)
-            for project in (attn.to_q, attn.to_k, attn.to_v)
-        )
-        query, key = attn.norm_q(query), attn.norm_k(key)
-        if image_rotary_emb is not None:
-            query, key = (rotate_pairs(x, *image_rotary_emb) for x in (query, key))
+        query = bridge.norm_rotary(attn.to_q(tokens), attn.norm_q, image_rotary_emb)
+        key = bridge.norm_rotary(attn.to_k(tokens), attn.norm_k, image_rotary_emb)
+        query, key, value = (x.unflatten(2, (attn.heads, -1)).transpose(1, 2) for x in (query, key, attn.to_v(tokens)))
         out = torch.nn.functional.scaled_dot_product_attention(query, key, value, attn_mask=attention_mask)
         out = attn.to_out[0](out.transpose(1, 2).flatten(2))
         return out[:, text_tokens:], out[:, :text_tokens]

@@ -13,7 +13,7 @@ import math
 import torch
 
 from comfyui_tpu.models.rotary import rotate_pairs
-from comfyui_tpu.runtime.bridge import split_inputs, split_outputs
+from comfyui_tpu.runtime.bridge import norm_rotary, split_inputs, split_outputs
 
 
 def split_projections(transformer: torch.nn.Module) -> None:
@@ -52,7 +52,9 @@ class JointAttention:
         picture = heads(split_outputs(hidden_states, attn.to_q, attn.to_k, attn.to_v))
         query = torch.cat([attn.norm_added_q(text[0]), attn.norm_q(picture[0])], dim=1)
         key = torch.cat([attn.norm_added_k(text[1]), attn.norm_k(picture[1])], dim=1)
-        out = _attend(query, key, torch.cat([text[2], picture[2]], dim=1), image_rotary_emb)
+        tables = [table[None, :, None, :] for table in image_rotary_emb]
+        query, key = rotate_pairs(query, *tables), rotate_pairs(key, *tables)
+        out = _attend(query, key, torch.cat([text[2], picture[2]], dim=1))
         text_out = split_inputs([out[:, :texts]], attn.to_add_out)
         return split_inputs([out[:, texts:]], attn.to_out[0]), text_out
 
@@ -64,10 +66,11 @@ class ParallelAttention:
         (units,) = split_outputs(hidden_states, attn.to_qkv_mlp_proj)
         of_each = attn.inner_dim // units[0].shape[2]
         query, key, value = (
-            torch.cat(units[first : first + of_each], dim=2).unflatten(2, (attn.heads, -1))
-            for first in range(0, 3 * of_each, of_each)
+            torch.cat(units[first : first + of_each], dim=2) for first in range(0, 3 * of_each, of_each)
         )
-        out = _attend(attn.norm_q(query), attn.norm_k(key), value, image_rotary_emb)
+        query = norm_rotary(query, attn.norm_q, image_rotary_emb)
+        key = norm_rotary(key, attn.norm_k, image_rotary_emb)
+        out = _attend(*(x.unflatten(2, (attn.heads, -1)) for x in (query, key, value)))
         gates, linears = _halves(units[3 * of_each :])
         gated = [torch.nn.functional.silu(gate) * linear for gate, linear in zip(gates, linears, strict=True)]
         return split_inputs([out, *gated], attn.to_out)
@@ -77,9 +80,7 @@ def _halves(units: list[torch.Tensor]) -> tuple[list[torch.Tensor], list[torch.T
     return units[: len(units) // 2], units[len(units) // 2 :]
 
 
-def _attend(query, key, value, rotary) -> torch.Tensor:
-    """``[B, S, H, D]`` each, tables ``[S, D]`` → ``[B, S, H·D]``."""
-    tables = [table[None, :, None, :] for table in rotary]
-    query, key = rotate_pairs(query, *tables), rotate_pairs(key, *tables)
+def _attend(query, key, value) -> torch.Tensor:
+    """``[B, S, H, D]`` each → ``[B, S, H·D]``."""
     out = torch.nn.functional.scaled_dot_product_attention(*(x.transpose(1, 2) for x in (query, key, value)))
     return out.transpose(1, 2).flatten(2).type_as(query)

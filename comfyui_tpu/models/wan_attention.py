@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import torch
 
-from comfyui_tpu.runtime.bridge import rms_norm_rotary
+from comfyui_tpu.runtime.bridge import norm_rotary
 
 TEXT_TOKENS = 512  # the rest of the context, before the text, is Wan 2.1's image embedding
 
@@ -22,11 +22,11 @@ class WanAttention:
         if attn.add_k_proj is not None:
             picture, context = context[:, :-TEXT_TOKENS], context[:, -TEXT_TOKENS:]
         split = lambda x: x.unflatten(2, (attn.heads, -1))  # noqa: E731
-        query = split(rms_norm_rotary(attn.to_q(hidden_states), attn.norm_q, rotary_emb))
+        query = split(norm_rotary(attn.to_q(hidden_states), attn.norm_q, rotary_emb))
         if rotary_emb is None:
             key = split(attn.norm_k(attn.to_k(context)))  # short, and whole on every chip
         else:
-            key = split(rms_norm_rotary(attn.to_k(context), attn.norm_k, rotary_emb))
+            key = split(norm_rotary(attn.to_k(context), attn.norm_k, rotary_emb))
         value = split(attn.to_v(context))
         out = _attend(query, key, value, attention_mask)
         if picture is not None:

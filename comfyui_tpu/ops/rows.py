@@ -5,9 +5,9 @@ after another, with copies between their layouts. On a TPU each function here is
 (:mod:`comfyui_tpu.ops.row_kernels`), and the plain JAX that defines its result everywhere else, as well as for widths
 that the kernel does not take.
 
-XLA's partitioner cannot split a kernel: over a mesh each device runs it on its own rows. Rows that do not divide by
-the devices are filled up with zeros, which costs a pass of its own; a batch that does not divide takes plain JAX, and
-so does a width that is split.
+XLA's partitioner cannot split a kernel: over a mesh each device runs it on its own rows, and where heads are normed one
+by one also on its own heads. Rows that do not divide by the devices are filled up with zeros, which costs a pass of its
+own; a batch or heads that do not divide take plain JAX, and so does a norm over a width that is split.
 """
 
 from __future__ import annotations
@@ -129,9 +129,11 @@ def _norm_rotary(x, weight, bias, cosines, sines, heads, options, mesh, spec, in
     head_dim = x.shape[2] // heads
     options = options | {"head_dim": head_dim}
     # Tables of fewer than 128 lanes are stored as if they had so many.
-    row_bytes = 2 * x.shape[2] * x.dtype.itemsize + (0 if cosines is None else 8 * max(head_dim, LANES))
-    fits = _fits(x, row_bytes) and (LANES % head_dim == 0 or head_dim % LANES == 0)
-    if not fits or not _kernel_runs(x, mesh, spec, interpret):
+    apart = 1 if options["whole"] else heads
+    width = x.shape[2] // (1 if mesh is None else _ways(mesh, _axes(spec)[2]))
+    row_bytes = 2 * width * x.dtype.itemsize + (0 if cosines is None else 8 * max(head_dim, LANES))
+    fits = _fits(x, row_bytes, width) and (LANES % head_dim == 0 or head_dim % LANES == 0)
+    if not fits or not _kernel_runs(x, mesh, spec, interpret, apart):
         return _normed(x, weight, bias, cosines, sines, **options)
     run = functools.partial(row_kernels.norm_rotary_rows, interpret=interpret, **options)
     others = ((weight, _WHOLE), (bias, _WHOLE), (cosines, _OF_TOKENS), (sines, _OF_TOKENS))
@@ -192,15 +194,18 @@ def _check_rotary(x: jax.Array, heads: int, **tables: jax.Array | None) -> None:
         raise ValueError(f"expected cosines and sines [S, D] = {expected}, or neither of them; got {got}")
 
 
-def _fits(x: jax.Array, row_bytes: int) -> bool:
-    return x.shape[2] % LANES == 0 and row_kernels.tile_rows(*x.shape[:2], row_bytes) > 0
+def _fits(x: jax.Array, row_bytes: int, width: int | None = None) -> bool:
+    return (width or x.shape[2]) % LANES == 0 and row_kernels.tile_rows(*x.shape[:2], row_bytes) > 0
 
 
-def _kernel_runs(x: jax.Array, mesh: Mesh | None, spec: PartitionSpec | None, interpret: bool) -> bool:
-    """Whether the devices are TPUs (or the interpreter stands in), and each has whole rows of whole batches."""
+def _kernel_runs(x: jax.Array, mesh: Mesh | None, spec: PartitionSpec | None, interpret: bool, apart: int = 1) -> bool:
+    """Whether the devices are TPUs (or the interpreter stands in), and each has what it needs of whole batches.
+
+    Rows consist of ``apart`` equal parts that need nothing of each other.
+    """
     device = jax.devices()[0] if mesh is None else mesh.devices.flat[0]
     batch, _, width = _axes(spec)
-    whole = mesh is None or (_ways(mesh, width) == 1 and x.shape[0] % _ways(mesh, batch) == 0)
+    whole = mesh is None or (apart % _ways(mesh, width) == 0 and x.shape[0] % _ways(mesh, batch) == 0)
     return whole and (interpret or device.platform == "tpu")
 
 
@@ -229,8 +234,8 @@ def _over_mesh(
     arrays = [array for array, _ in others]
     if mesh is None:
         return run(x, *arrays)
-    batch, tokens, _ = _axes(spec)
-    rows, padding = PartitionSpec(batch, tokens), -x.shape[1] % _ways(mesh, tokens)
+    batch, tokens, width = _axes(spec)
+    rows, padding = PartitionSpec(batch, tokens, width), -x.shape[1] % _ways(mesh, tokens)
     if padding:
         x = jnp.pad(x, ((0, 0), (0, padding), (0, 0)))
         arrays = [

@@ -36,6 +36,7 @@ _MOVES |= {"concatenate", "gather", "reverse", "bitcast-convert", "copy-start", 
 _READS_A_PART = {"dynamic-slice", "slice", "gather"}
 _CALLS = ("while", "call", "conditional")
 _KERNEL = "tpu_custom_call"
+_NORMS = ("layer_norm_", "rms_norm_")  # how the names of the kernels in ops/row_kernels.py begin
 _HBM, _LINKS = "hbm", "links"
 _ATTENTION_FILES = r"/comfyui_tpu/ops/[a-z_]*(attention|splash)[a-z_]*\.py$"
 # Between a model's own line and the operation lie lines of torch, torchax and JAX, which say little.
@@ -259,7 +260,8 @@ class _Reader:
             return RELAYOUT
         if "scaled_dot_product_attention" in instruction.op_name or self._from_attention(instruction):
             return ATTENTION
-        matmul = {"convolution", "dot"} & inside or instruction.custom_call_target == _KERNEL
+        kernel = instruction.custom_call_target == _KERNEL and not instruction.kernel_name.startswith(_NORMS)
+        matmul = kernel or {"convolution", "dot"} & inside
         return MATMUL if matmul else ELEMENTWISE
 
     def _opcodes(self, instruction: hlo.Instruction) -> set[str]:

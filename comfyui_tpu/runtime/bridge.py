@@ -52,8 +52,10 @@ class TraceContext:
             return x
         return self.constrain(x, *self.plan.axes_of(x.shape[0]), None)
 
-    def rows(self, batch: int) -> dict[str, Any]:
-        """How ``[B, S, C]`` activations lie over the mesh, for the row-wise kernels."""
+    def rows(self, batch: int, heads: int | None = None) -> dict[str, Any]:
+        """How ``[B, S, C]`` activations lie over the mesh, for the row-wise kernels; ``heads``: inside attention."""
+        if heads and self.splits(heads):
+            return {"mesh": self.mesh, "spec": PartitionSpec(None, None, self.plan.axis_names)}
         spec = PartitionSpec(*self.plan.axes_of(batch)) if self.plan.shard_tokens else PartitionSpec()
         return {"mesh": self.mesh, "spec": spec}
 
@@ -124,21 +126,25 @@ def layer_norm_modulate(
     return env.j2t_iso(rows.layer_norm_modulate(x, eps=norm.eps, **named, **context.rows(x.shape[0])))
 
 
-def rms_norm_rotary(
-    x: torch.Tensor, norm: torch.nn.RMSNorm, rotary: tuple[torch.Tensor, torch.Tensor] | None
+def norm_rotary(
+    x: torch.Tensor, norm: torch.nn.Module, rotary: tuple[torch.Tensor, torch.Tensor] | None
 ) -> torch.Tensor:
-    """While tracing: an RMS norm over all heads of ``x`` ``[B, S, H·D]``, then the rotary embedding of each head.
+    """While tracing: a norm of queries or keys ``x`` ``[B, S, H·D]``, then the rotary embedding of each head.
 
-    ``rotary``: cosines and sines, each angle twice, with ``S·D`` elements; None for no rotation.
+    Args:
+        norm: an RMS norm over all heads together, with a weight ``[H·D]``; or an RMS or layer norm over each, with a
+            weight ``[D]``.
+        rotary: cosines and sines, each angle twice, with ``S·D`` elements; None for no rotation.
     """
     env, context = environment(), current_trace()
-    x, weight, rotary = env.t2j_iso((x, norm.weight, rotary))
-    heads, tables = 1, {}
-    if rotary is not None:
-        cosines, sines = (table.reshape(x.shape[1], -1).astype(jnp.float32) for table in rotary)
-        heads, tables = x.shape[2] // cosines.shape[1], {"cosines": cosines, "sines": sines}
-    options = {"eps": norm.eps, "heads": heads, "over": "width", **tables, **context.rows(x.shape[0])}
-    return env.j2t_iso(rows.rms_norm_rotary(x, weight, **options))
+    x, weight, bias, rotary = env.t2j_iso((x, norm.weight, getattr(norm, "bias", None), rotary))
+    cosines, sines = (None, None) if rotary is None else (t.reshape(x.shape[1], -1).astype(jnp.float32) for t in rotary)
+    together = weight.shape[0] == x.shape[2]
+    heads = x.shape[2] // (weight if not together else x if cosines is None else cosines).shape[-1]
+    options = {"eps": norm.eps, "heads": heads, "cosines": cosines, "sines": sines, **context.rows(x.shape[0], heads)}
+    if isinstance(norm, torch.nn.LayerNorm):
+        return env.j2t_iso(rows.layer_norm_rotary(x, weight, bias, **options))
+    return env.j2t_iso(rows.rms_norm_rotary(x, weight, over="width" if together else "head", **options))
 
 
 def trace(

@@ -262,3 +262,17 @@ def test_arguments_that_do_not_fit_are_named():
         norm(over="head", cosines=jnp.ones((8, 32)))
     with pytest.raises(ValueError, match="heads of an even size; got 3 heads for a width of 256"):
         rms_norm_rotary(x, jnp.ones(85), eps=EPS, heads=3, over="head")
+
+
+@pytest.mark.parametrize(("heads", "kernels"), [(8, 1), (4, 0)], ids=["each device has whole heads", "half a head"])
+def test_heads_normed_one_by_one_may_be_split_over_devices(heads, kernels):
+    devices = Mesh(np.array(jax.devices()), ("chips",))
+    x, rng = problem((1, 40, 8 * 128))
+    weight = jnp.asarray(rng.standard_normal(x.shape[2] // heads), jnp.float32)
+    cosines, sines = angles(rng, 40, x.shape[2] // heads)
+    options = {"eps": EPS, "cosines": cosines, "sines": sines, "heads": heads, "over": "head"}
+    norm = functools.partial(rms_norm_rotary, weight=weight, **options, spec=PartitionSpec(None, None, "chips"))
+    ours = jax.jit(functools.partial(norm, mesh=devices, interpret=True))(x)
+    close(ours, reference_rotary(x, weight, None, cosines, sines, heads, "head"), rounding(x.dtype))
+    split = Mesh(tpus().devices.reshape(-1), ("chips",))
+    assert kernels_in(functools.partial(norm, mesh=split), x) == kernels

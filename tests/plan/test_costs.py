@@ -171,6 +171,32 @@ def test_an_all_to_all_is_held_up_by_the_cut_through_the_slice():
     assert collective_seconds("all-to-all", 10**9, (2, 4), V6E) == pytest.approx(4 * 0.5e9 / (2 * 90e9), rel=1e-2)
 
 
+def test_a_reduce_scatter_moves_its_operand_which_is_the_larger():
+    line = "ROOT %g = bf16[1000000,8]{1,0} reduce-scatter(%x), replica_groups=[1,8]<=[8], dimensions={0}"
+    cost = costs.read(program(X, line), V6E)
+    assert cost.collective_bytes == 8 * 16_000_000
+    assert cost.cycles == pytest.approx(collective_seconds("reduce-scatter", 128_000_000, (2, 4), V6E) * CLOCK)
+
+
+@pytest.mark.parametrize(("second", "times"), [("{{0,1},{1,0}}", 2), ("{{0,2},{2,0}}", 1)])
+def test_permutations_share_a_link_only_when_they_go_the_same_way(second, times):
+    lines = (
+        X,
+        "%s1 = (bf16[8,8], bf16[1000000,8]{1,0}) collective-permute-start(%x), source_target_pairs={{0,1},{1,0}}",
+        f"%s2 = (bf16[8,8], bf16[1000000,8]{{1,0}}) collective-permute-start(%x), source_target_pairs={second}",
+        "%d1 = bf16[1000000,8]{1,0} collective-permute-done(%s1)",
+        "ROOT %d2 = bf16[1000000,8]{1,0} collective-permute-done(%s2)",
+    )
+    one = collective_seconds("collective-permute", 16_000_000, (2,), V6E) * CLOCK
+    assert costs.read(program(*lines), V6E).cycles == pytest.approx(times * one)
+
+
+def test_a_kernel_that_normalises_is_no_matmul():
+    line = KERNEL.replace("splash_attention", "rms_norm_width_rotary").replace("splash.1", "norm.1")
+    cost = costs.read(program(X, line), V6E, lambda kernel: 123)
+    assert cost.by_category()["elementwise"] == 123
+
+
 def test_an_all_to_all_within_squares_passes_more_links_than_along_a_line():
     square, line = (collective_seconds("all-to-all", 10**9, grid, V6E) for grid in ((2, 2), (4,)))
     assert line == pytest.approx(2 * square, rel=1e-2)
