@@ -33,6 +33,7 @@ _FREE = {"parameter", "constant", "get-tuple-element", "tuple", "bitcast", "part
 # Operations that only move or repeat values.
 _MOVES = {"copy", "slice", "dynamic-slice", "dynamic-update-slice", "pad", "reshape", "transpose", "broadcast", "iota"}
 _MOVES |= {"concatenate", "gather", "reverse", "bitcast-convert", "copy-start", "slice-start"}
+_COPIES = {"copy", "reshape", "transpose", "concatenate"}
 _READS_A_PART = {"dynamic-slice", "slice", "gather"}
 _CALLS = ("while", "call", "conditional")
 _KERNEL = "tpu_custom_call"
@@ -228,7 +229,7 @@ class _Reader:
 
     def _compute(self, instruction: hlo.Instruction, cost: Cost) -> float:
         if instruction.custom_call_target != _KERNEL:
-            return instruction.estimated_cycles
+            return instruction.estimated_cycles or self._moved(instruction)
         cycles = self.kernel_cycles(instruction)
         if cycles is not None:
             return cycles
@@ -238,6 +239,13 @@ class _Reader:
             return 0.0
         cost.kernels_at_peak[instruction.kernel_name] += 1
         return flops / self.topology.generation.flops_per_cycle
+
+    def _moved(self, instruction: hlo.Instruction) -> float:
+        """Of a move that the compiler gives no cycles (a reshape that its tiles make a copy): through HBM and back."""
+        if instruction.opcode not in _COPIES:
+            return 0.0
+        generation = self.topology.generation
+        return 2 * instruction.bytes(hbm_only=True) / generation.hbm_bandwidth * generation.clock
 
     def _operation(self, instruction: hlo.Instruction, cycles: float) -> Operation:
         return Operation(

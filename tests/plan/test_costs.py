@@ -191,6 +191,11 @@ def test_permutations_share_a_link_only_when_they_go_the_same_way(second, times)
     assert costs.read(program(*lines), V6E).cycles == pytest.approx(times * one)
 
 
+def test_a_reshape_without_cycles_is_a_copy_through_hbm():
+    cost = costs.read(program(X, "ROOT %r = bf16[1000000,8]{1,0} reshape(%x)"), V6E)
+    assert cost.by_category()["relayout"] == pytest.approx(2 * 16_000_000 / V6E.generation.hbm_bandwidth * CLOCK)
+
+
 def test_a_kernel_that_normalises_is_no_matmul():
     line = KERNEL.replace("splash_attention", "rms_norm_width_rotary").replace("splash.1", "norm.1")
     cost = costs.read(program(X, line), V6E, lambda kernel: 123)
