@@ -11,7 +11,7 @@ the mesh's devices (each should be a neighbour of the next, see ``runtime.plan``
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
@@ -141,22 +141,15 @@ def _summed_round_the_ring(ring: _Ring, x: jax.Array, weight: jax.Array) -> jax.
         start = jax.lax.rem(owner + 2 * ring.size, ring.size) * size
         return linear(jax.lax.dynamic_slice_in_dim(x, start, size, axis=1), half, jnp.float32)
 
-    def summed(half: jax.Array, by: int) -> Callable[[int], jax.Array]:
-        state = None
-
-        def step(number: int) -> jax.Array:
-            nonlocal state
+    halves, ways = jnp.array_split(weight, 2), (1, -1)
+    sums: list[jax.Array | None] = [None, None]
+    for step in range(ring.size):
+        for at, (half, by) in enumerate(zip(halves, ways, strict=True)):
             # What starts here now arrives, so many steps on, at its owner.
-            mine = share(half, ring.here + by * (ring.size - 1 - number))
-            state = mine if state is None else mine + ring.passed(state, by).astype(jnp.float32)
-            state = state.astype(x.dtype)
-            return state
-
-        return step
-
-    halves = [summed(half, by) for half, by in zip(jnp.split(weight, 2), (1, -1), strict=True)]
-    for number in range(ring.size):
-        sums = [step(number) for step in halves]
+            mine = share(half, ring.here + by * (ring.size - 1 - step))
+            if step:
+                mine += ring.passed(sums[at], by).astype(jnp.float32)
+            sums[at] = mine.astype(x.dtype)
     return jnp.concatenate(sums, axis=-1)
 
 
