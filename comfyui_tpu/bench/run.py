@@ -21,6 +21,7 @@ from comfyui_tpu.bench import measure, stages
 from comfyui_tpu.bench.compiling import BenchError
 from comfyui_tpu.comfy.model_lookup import find_local
 from comfyui_tpu.models.common import OpenedModel, Task
+from comfyui_tpu.plan.asked import asked
 from comfyui_tpu.runtime.reporting import Reporter, reporting
 
 SCHEMA = 1
@@ -111,15 +112,7 @@ class _Progress(Reporter):
 
 def _task(options: argparse.Namespace, model: OpenedModel, on_cpu: bool) -> Task:
     usual = stages.usual_task(model)
-    asked = {
-        "height": options.height,
-        "width": options.width,
-        "num_frames": options.frames,
-        "num_inference_steps": options.steps,
-        "guidance_scale": options.guidance,
-    }
-    task = stages.small_task(usual) if on_cpu else usual
-    return dataclasses.replace(task, **{name: value for name, value in asked.items() if value is not None})
+    return asked(options, stages.small_task(usual) if on_cpu else usual)
 
 
 def _report(

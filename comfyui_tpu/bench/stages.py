@@ -15,9 +15,8 @@ from comfyui_tpu.models.flux2 import Flux2
 from comfyui_tpu.models.wan import WanTextToVideo
 from comfyui_tpu.models.wan_i2v import WanImageToVideo
 from comfyui_tpu.plan import catalogue
-from comfyui_tpu.plan.rehearsal import FAMILIES
+from comfyui_tpu.plan.rehearsal import family_of
 from comfyui_tpu.runtime.checkpoint import read_config
-from comfyui_tpu.runtime.errors import CheckpointError
 
 OnStep = Callable[[StepInfo], None]
 
@@ -36,10 +35,7 @@ def open_checkpoint(folder: Path) -> OpenedModel:
     Raises:
         CheckpointError: it is none of the families that run here, or is not complete.
     """
-    name = read_config(folder, "model_index.json").get("_class_name")
-    if name not in FAMILIES:
-        raise CheckpointError(f"{folder} is a checkpoint for {name}; expected one for {', '.join(FAMILIES)}.")
-    return FAMILIES[name].open(folder)
+    return family_of(folder).open(folder)
 
 
 def usual_task(model: OpenedModel) -> Task:

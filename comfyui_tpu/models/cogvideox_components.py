@@ -8,10 +8,11 @@ from typing import Any
 
 import torch
 
+from comfyui_tpu.models import plans
+from comfyui_tpu.models.attention import attend
 from comfyui_tpu.runtime import bridge, causal
 from comfyui_tpu.runtime.device_module import ComponentSpec, DeviceModule
 from comfyui_tpu.runtime.errors import InvalidInput
-from comfyui_tpu.runtime.plan import Plan, guided, spatial, spread, tensor
 from comfyui_tpu.runtime.skeleton import Scan
 
 FRAMES_PER_LATENT = 4
@@ -63,9 +64,8 @@ class _JointAttention:
         tokens = torch.cat([encoder_hidden_states, hidden_states], dim=1)
         query = bridge.norm_rotary(attn.to_q(tokens), attn.norm_q, image_rotary_emb)
         key = bridge.norm_rotary(attn.to_k(tokens), attn.norm_k, image_rotary_emb)
-        query, key, value = (x.unflatten(2, (attn.heads, -1)).transpose(1, 2) for x in (query, key, attn.to_v(tokens)))
-        out = torch.nn.functional.scaled_dot_product_attention(query, key, value, attn_mask=attention_mask)
-        out = attn.to_out[0](out.transpose(1, 2).flatten(2))
+        split = (x.unflatten(2, (attn.heads, -1)) for x in (query, key, attn.to_v(tokens)))
+        out = attn.to_out[0](attend(*split, attention_mask))
         return out[:, text_tokens:], out[:, :text_tokens]
 
 
@@ -137,19 +137,11 @@ def _over_time(cache: Any) -> Any:
     return {name: _over_time(entry) for name, entry in cache.items() if name not in ("conv_y", "conv_b")}
 
 
-def _text_encoder_plans(chips: int, config: dict) -> tuple[Plan, ...]:
-    return (tensor(chips, r"\.(q|k|v|wi_0|wi_1)\.", r"\.(o|wo)\."),)
-
-
-def _transformer_plans(chips: int, config: dict) -> tuple[Plan, ...]:
-    return (spread(chips),) if chips % 2 else (guided(chips), spread(chips))
-
-
 TEXT_ENCODER = ComponentSpec(
     name="text_encoder",
     build=_build_text_encoder,
     methods={"encode": _encode_text},
-    plans=_text_encoder_plans,
+    plans=plans.of_t5,
     config_class="T5EncoderModel",
     stacked=("encoder.block",),
     # Where the checkpoint stores the position bias that was moved out of the first block.
@@ -160,7 +152,7 @@ TRANSFORMER = ComponentSpec(
     name="transformer",
     build=_build_transformer,
     methods={"denoise": _denoise},
-    plans=_transformer_plans,
+    plans=plans.of_video_transformer,
     config_class="CogVideoXTransformer3DModel",
     stacked=(Scan("transformer_blocks", carry=("hidden_states", "encoder_hidden_states")),),
 )
@@ -174,7 +166,7 @@ VAE = ComponentSpec(
         "encode_first": _encode_chunk,
         "encode_next": _encode_chunk,
     },
-    plans=lambda chips, config: (spatial(chips),),
+    plans=plans.of_autoencoder,
     config_class="AutoencoderKLCogVideoX",
 )
 

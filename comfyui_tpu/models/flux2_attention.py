@@ -12,6 +12,7 @@ import math
 
 import torch
 
+from comfyui_tpu.models.attention import attend
 from comfyui_tpu.models.rotary import rotate_pairs
 from comfyui_tpu.runtime.bridge import norm_rotary, split_inputs, split_outputs
 
@@ -54,7 +55,7 @@ class JointAttention:
         key = torch.cat([attn.norm_added_k(text[1]), attn.norm_k(picture[1])], dim=1)
         tables = [table[None, :, None, :] for table in image_rotary_emb]
         query, key = rotate_pairs(query, *tables), rotate_pairs(key, *tables)
-        out = _attend(query, key, torch.cat([text[2], picture[2]], dim=1))
+        out = attend(query, key, torch.cat([text[2], picture[2]], dim=1))
         text_out = split_inputs([out[:, :texts]], attn.to_add_out)
         return split_inputs([out[:, texts:]], attn.to_out[0]), text_out
 
@@ -70,7 +71,7 @@ class ParallelAttention:
         )
         query = norm_rotary(query, attn.norm_q, image_rotary_emb)
         key = norm_rotary(key, attn.norm_k, image_rotary_emb)
-        out = _attend(*(x.unflatten(2, (attn.heads, -1)) for x in (query, key, value)))
+        out = attend(*(x.unflatten(2, (attn.heads, -1)) for x in (query, key, value)))
         gates, linears = _halves(units[3 * of_each :])
         gated = [torch.nn.functional.silu(gate) * linear for gate, linear in zip(gates, linears, strict=True)]
         return split_inputs([out, *gated], attn.to_out)
@@ -78,9 +79,3 @@ class ParallelAttention:
 
 def _halves(units: list[torch.Tensor]) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
     return units[: len(units) // 2], units[len(units) // 2 :]
-
-
-def _attend(query, key, value) -> torch.Tensor:
-    """``[B, S, H, D]`` each → ``[B, S, H·D]``."""
-    out = torch.nn.functional.scaled_dot_product_attention(*(x.transpose(1, 2) for x in (query, key, value)))
-    return out.transpose(1, 2).flatten(2).type_as(query)

@@ -9,12 +9,13 @@ from typing import Any
 import numpy as np
 import torch
 
+from comfyui_tpu.models import plans
 from comfyui_tpu.models.flux2_attention import split_projections
 from comfyui_tpu.runtime import bridge
 from comfyui_tpu.runtime.checkpoint import Checkpoint, explained_settings
 from comfyui_tpu.runtime.device_module import ComponentSpec, DeviceModule
 from comfyui_tpu.runtime.errors import CheckpointError, InvalidInput
-from comfyui_tpu.runtime.plan import Plan, spatial, spread, tensor
+from comfyui_tpu.runtime.plan import Plan, spread, tensor
 from comfyui_tpu.runtime.skeleton import Scan
 
 # Which hidden states of the text encoder make the prompt embeddings; later layers are neither loaded nor run.
@@ -151,7 +152,7 @@ VAE = ComponentSpec(
     name="vae",
     build=_build_vae,
     methods={"decode": _decode, "encode": _encode},
-    plans=lambda chips, config: (spatial(chips),),
+    plans=plans.of_autoencoder,
     config_class="AutoencoderKLFlux2",
     unused=(r"^bn\.",),
 )

@@ -13,6 +13,7 @@ from typing import Any, ClassVar
 
 import torch
 
+from comfyui_tpu.models import plans
 from comfyui_tpu.models.common import (
     DEFAULT_PLANS,
     OpenedModel,
@@ -34,7 +35,6 @@ from comfyui_tpu.models.wan_block import prepare_blocks
 from comfyui_tpu.runtime import bridge, causal
 from comfyui_tpu.runtime.device_module import ComponentSpec, DeviceModule, Options
 from comfyui_tpu.runtime.errors import CheckpointError, InvalidInput
-from comfyui_tpu.runtime.plan import Plan, guided, spatial, spread, tensor
 
 SIZE_MULTIPLE = 16  # the autoencoder divides by 8, the transformer's patches by 2
 MIN_SIZE, MAX_SIZE = 256, 1280
@@ -126,19 +126,11 @@ def _encode_chunk(vae, x, state=None):
     return vae.quant_conv(moments), cache
 
 
-def _text_encoder_plans(chips: int, config: dict) -> tuple[Plan, ...]:
-    return (tensor(chips, r"\.(q|k|v|wi_0|wi_1)\.", r"\.(o|wo)\."),)
-
-
-def _transformer_plans(chips: int, config: dict) -> tuple[Plan, ...]:
-    return (spread(chips),) if chips % 2 else (guided(chips), spread(chips))
-
-
 TEXT_ENCODER = ComponentSpec(
     name="text_encoder",
     build=_build_text_encoder,
     methods={"encode": _encode_text},
-    plans=_text_encoder_plans,
+    plans=plans.of_t5,
     config_class="UMT5EncoderModel",
     stacked=("encoder.block",),
 )
@@ -147,7 +139,7 @@ TRANSFORMER = ComponentSpec(
     name="transformer",
     build=_build_transformer,
     methods={"denoise": _denoise},
-    plans=_transformer_plans,
+    plans=plans.of_video_transformer,
     config_class="WanTransformer3DModel",
     stacked=("blocks",),
     # WanTransformer3DModel._keep_in_fp32_modules of Diffusers 0.42
@@ -167,7 +159,7 @@ VAE = ComponentSpec(
         "encode_first": _encode_chunk,
         "encode_next": _encode_chunk,
     },
-    plans=lambda chips, config: (spatial(chips),),
+    plans=plans.of_autoencoder,
     config_class="AutoencoderKLWan",
     # The pipelines load this autoencoder in float32: bfloat16 shows as colour banding.
     always_float32=True,
@@ -220,16 +212,14 @@ class WanTransformer(DeviceModule):
         return Transformer2DModelOutput(sample=sample) if return_dict else (sample,)
 
     def _denoised(self, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
-        if self._branches is None:
-            return bridge.to_torch(self.run("denoise", inputs))
-        call, embeds = (inputs["hidden_states"], inputs["timestep"]), inputs["encoder_hidden_states"]
-        if (found := self._branches.waiting(*call, embeds)) is not None:
+        branches, embeds = self._branches, inputs["encoder_hidden_states"]
+        call = inputs["hidden_states"], inputs["timestep"]
+        if branches is not None and (found := branches.waiting(*call, embeds)) is not None:
             return found
-        both = self._branches.joined(embeds)
-        if both is None:
-            return bridge.to_torch(self.run("denoise", inputs))
-        sample = bridge.to_torch(self.run("denoise", {**inputs, "encoder_hidden_states": both}))
-        return self._branches.keep(*call, sample)
+        both = branches.joined(embeds) if branches is not None else None
+        sample = self.run("denoise", inputs if both is None else {**inputs, "encoder_hidden_states": both})
+        sample = bridge.to_torch(sample)
+        return sample if both is None else branches.keep(*call, sample)
 
 
 class WanVAE(DeviceModule):

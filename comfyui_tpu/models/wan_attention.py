@@ -7,8 +7,7 @@ spread unevenly (seen for CogVideoX with jax 0.10.2). Here nothing is written in
 
 from __future__ import annotations
 
-import torch
-
+from comfyui_tpu.models.attention import attend
 from comfyui_tpu.runtime.bridge import norm_rotary
 
 TEXT_TOKENS = 512  # the rest of the context, before the text, is Wan 2.1's image embedding
@@ -28,16 +27,8 @@ class WanAttention:
         else:
             key = split(norm_rotary(attn.to_k(context), attn.norm_k, rotary_emb))
         value = split(attn.to_v(context))
-        out = _attend(query, key, value, attention_mask)
+        out = attend(query, key, value, attention_mask)
         if picture is not None:
             picture_key = split(attn.norm_added_k(attn.add_k_proj(picture)))
-            out = out + _attend(query, picture_key, split(attn.add_v_proj(picture)))
+            out = out + attend(query, picture_key, split(attn.add_v_proj(picture)))
         return attn.to_out[1](attn.to_out[0](out))
-
-
-def _attend(query, key, value, mask=None) -> torch.Tensor:
-    """``[B, S, H, D]`` each → ``[B, S, H·D]``."""
-    out = torch.nn.functional.scaled_dot_product_attention(
-        query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2), attn_mask=mask
-    )
-    return out.transpose(1, 2).flatten(2).type_as(query)

@@ -152,3 +152,9 @@ def _attend_in_blocks(query, key, value, mask, scale, block):
         row_blocks = jnp.moveaxis(row_blocks, -3, 0)
         out = jax.lax.map(lambda qm: _attend(qm[0], key, value, qm[1], scale), (stacked, row_blocks))
     return _join_blocks(out, rows)
+
+
+def check_real_keys(keys: int | None, given: int) -> None:
+    """ValueError unless ``keys`` of the ``given`` ones can be real and the rest padding; None: all are real."""
+    if keys is not None and not 0 < keys <= given:
+        raise ValueError(f"keys, how many are real, must be 1 to {given}, which are given; got {keys}")

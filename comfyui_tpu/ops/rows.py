@@ -20,7 +20,8 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh, PartitionSpec
 
-from comfyui_tpu.ops import row_kernels
+from comfyui_tpu.ops import norm, row_kernels
+from comfyui_tpu.ops.padding import pad
 from comfyui_tpu.ops.row_kernels import LANES
 
 
@@ -142,11 +143,7 @@ def _norm_rotary(x, weight, bias, cosines, sines, heads, options, mesh, spec, in
 
 def _modulated(x, weight, bias, scale, shift, *, eps, out_dtype):
     """What :func:`layer_norm_modulate` is, in plain JAX."""
-    wide = x.astype(jnp.float32)
-    centred = wide - jnp.mean(wide, axis=-1, keepdims=True)
-    out = centred * jax.lax.rsqrt(jnp.mean(jnp.square(centred), axis=-1, keepdims=True) + eps)
-    out = out if weight is None else out * weight.astype(jnp.float32)
-    out = out if bias is None else out + bias.astype(jnp.float32)
+    out = norm.layer_norm(x.astype(jnp.float32), 1, weight, bias, eps)
     out = out if scale is None else out * (1 + scale.astype(jnp.float32))
     return (out if shift is None else out + shift.astype(jnp.float32)).astype(out_dtype)
 
@@ -163,12 +160,8 @@ def _folded(x, weight, bias, scale, shift):
 def _normed(x, weight, bias, cosines, sines, *, eps, head_dim, whole, centred):
     """What :func:`rms_norm_rotary` and :func:`layer_norm_rotary` are, in plain JAX."""
     heads = x.reshape(*x.shape[:2], -1, head_dim)
-    wide, over = heads.astype(jnp.float32), (-2, -1) if whole else -1
-    if centred:
-        wide = wide - jnp.mean(wide, axis=over, keepdims=True)
-    out = wide * jax.lax.rsqrt(jnp.mean(jnp.square(wide), axis=over, keepdims=True) + eps)
-    out = out * weight.astype(jnp.float32).reshape(-1, head_dim)
-    out = (out if bias is None else out + bias.astype(jnp.float32)).astype(x.dtype)
+    axes, weight = 2 if whole else 1, weight.reshape(-1, head_dim)
+    out = norm.layer_norm(heads, axes, weight, bias, eps) if centred else norm.rms_norm(heads, axes, weight, eps)
     if cosines is not None:
         even = jnp.arange(head_dim) % 2 == 0
         turned = jnp.where(even, -jnp.roll(out, -1, axis=-1), jnp.roll(out, 1, axis=-1))
@@ -237,10 +230,9 @@ def _over_mesh(
     batch, tokens, width = _axes(spec)
     rows, padding = PartitionSpec(batch, tokens, width), -x.shape[1] % _ways(mesh, tokens)
     if padding:
-        x = jnp.pad(x, ((0, 0), (0, padding), (0, 0)))
+        x = pad(x, 1, padding)
         arrays = [
-            jnp.pad(array, ((0, padding), (0, 0))) if kind == _OF_TOKENS and array is not None else array
-            for array, kind in others
+            pad(array, 0, padding) if kind == _OF_TOKENS and array is not None else array for array, kind in others
         ]
     specs = {_OF_BATCH: PartitionSpec(batch), _OF_TOKENS: PartitionSpec(tokens), _WHOLE: PartitionSpec()}
     in_specs = (rows, *(specs[kind] for _, kind in others))

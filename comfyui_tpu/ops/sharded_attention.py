@@ -18,7 +18,8 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh, PartitionSpec
 
-from comfyui_tpu.ops.attention import attention, attention_with_lse
+from comfyui_tpu.ops.attention import attention, attention_with_lse, check_real_keys
+from comfyui_tpu.ops.padding import pad_to_multiple
 
 Strategy = Literal["heads", "ring", "own heads"]
 LocalAttention = Callable[..., "jax.Array | tuple[jax.Array, jax.Array]"]
@@ -99,8 +100,7 @@ def _check(query: jax.Array, key: jax.Array, value: jax.Array, keys: int | None)
             "attend expects query [B, Sq, H, D], key [B, Sk, H, D] and value [B, Sk, H, Dv]; "
             f"got {query.shape}, {key.shape} and {value.shape}"
         )
-    if keys is not None and not 0 < keys <= key.shape[1]:
-        raise ValueError(f"keys, how many are real, must be 1 to {key.shape[1]}, which are given; got {keys}")
+    check_real_keys(keys, key.shape[1])
 
 
 @dataclass(frozen=True)
@@ -219,14 +219,14 @@ def _with_own_heads(query, key, value, devices, local):
     """Heads split over the devices, filled up with zero heads where they do not divide: nothing moves."""
     heads, split = query.shape[2], devices.spec(axis=2)
     run = jax.shard_map(local, mesh=devices.mesh, in_specs=(split,) * 3, out_specs=split, check_vma=False)
-    return run(*(_pad_to_multiple(x, 2, devices.others) for x in (query, key, value)))[:, :, :heads]
+    return run(*(pad_to_multiple(x, 2, devices.others) for x in (query, key, value)))[:, :, :heads]
 
 
 def _with_whole_keys(query, key, value, devices, local):
     """Queries split by tokens, keys and values whole on every device: nothing moves if they are there already."""
     tokens, whole = devices.spec(axis=1), devices.spec()
     run = jax.shard_map(local, mesh=devices.mesh, in_specs=(tokens, whole, whole), out_specs=tokens, check_vma=False)
-    return run(_pad_to_multiple(query, 1, devices.others), key, value)[:, : query.shape[1]]
+    return run(pad_to_multiple(query, 1, devices.others), key, value)[:, : query.shape[1]]
 
 
 def _with_exchange(query, key, value, devices, keys, local, smooth_keys):
@@ -245,7 +245,7 @@ def _with_exchange(query, key, value, devices, keys, local, smooth_keys):
 
     tokens = devices.spec(axis=1)
     run = jax.shard_map(on_one_device, mesh=devices.mesh, in_specs=(tokens,) * 3, out_specs=tokens, check_vma=False)
-    return run(*(_pad_to_multiple(x, 1, devices.others) for x in (query, key, value)))[:, : query.shape[1]]
+    return run(*(pad_to_multiple(x, 1, devices.others) for x in (query, key, value)))[:, : query.shape[1]]
 
 
 def _batch_into_heads(x):
@@ -257,16 +257,6 @@ def _batch_from_heads(x, batch, heads):
     """The way back; zero heads at the end are cut off."""
     x = x[0, :, : batch * heads]
     return jnp.moveaxis(x.reshape(x.shape[0], batch, heads, x.shape[2]), 1, 0)
-
-
-def _pad_to_multiple(x: jax.Array, axis: int, multiple: int) -> jax.Array:
-    return _pad(x, axis, -x.shape[axis] % multiple)
-
-
-def _pad(x: jax.Array, axis: int, amount: int) -> jax.Array:
-    widths = [(0, 0)] * x.ndim
-    widths[axis] = (0, amount)
-    return jnp.pad(x, widths) if amount else x
 
 
 def _minus_mean(key, keys):
@@ -286,7 +276,7 @@ def _tokens_for_heads(x, exchange):
     """
     if exchange == 1:
         return x
-    x = _pad_to_multiple(x, 2, exchange)[0]
+    x = pad_to_multiple(x, 2, exchange)[0]
     heads = jnp.split(x.reshape(len(x), -1), exchange, axis=1)
     return _exchange(jnp.stack(heads)).reshape(1, -1, x.shape[1] // exchange, x.shape[2])
 

@@ -48,6 +48,8 @@ import numpy as np
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
+from comfyui_tpu.ops.attention import check_real_keys
+from comfyui_tpu.ops.padding import pad, pad_to_multiple
 from comfyui_tpu.ops.splash_blocks import Blocks, fit, generation_of, heads_together, padded_head_dim
 
 LOG2_E = math.log2(math.e)
@@ -112,7 +114,7 @@ def splash_attention(
         blocks = fit(generation, rows, keys, padded, query.dtype.itemsize)
     geometry = _Geometry(blocks, rows, keys, together, padded * together)
     radius = _radius(k, mean, padded, keys)
-    k, v = (_pad(x, 1, geometry.rows_needed) for x in (k, v))
+    k, v = (pad(x, 1, max(0, geometry.rows_needed - x.shape[1])) for x in (k, v))
     out, lse = _call(q, k, v, mean, radius, geometry=geometry, factor=scale * LOG2_E, interpret=interpret)
     out = out.reshape(batch, rows, -1, padded)[:, :, :heads, :width]
     return (out, lse.reshape(batch, -1, rows)[:, :heads]) if return_lse else out
@@ -126,8 +128,7 @@ def _check(query: jax.Array, key: jax.Array, value: jax.Array, keys: int | None)
             "splash_attention expects query [B, Sq, H, D] and key and value [B, Sk, H, D], none of them empty; "
             f"got {query.shape}, {key.shape} and {value.shape}"
         )
-    if keys is not None and not 0 < keys <= key.shape[1]:
-        raise ValueError(f"keys, how many are real, must be 1 to {key.shape[1]}, which are given; got {keys}")
+    check_real_keys(keys, key.shape[1])
     if {query.dtype, key.dtype, value.dtype} not in ({jnp.dtype(jnp.bfloat16)}, {jnp.dtype(jnp.float32)}):
         raise ValueError(
             "splash_attention expects query, key and value all bfloat16 or all float32; "
@@ -137,14 +138,8 @@ def _check(query: jax.Array, key: jax.Array, value: jax.Array, keys: int | None)
 
 def _flat(x: jax.Array, width: int, together: int) -> jax.Array:
     """``[B, S, H, D]`` → ``[B, S, H·width]``: channels filled up to ``width``, heads to a multiple of ``together``."""
-    x = _pad(_pad(x, 3, width), 2, pl.cdiv(x.shape[2], together) * together)
+    x = pad_to_multiple(pad(x, 3, width - x.shape[3]), 2, together)
     return x.reshape(*x.shape[:2], -1)
-
-
-def _pad(x: jax.Array, axis: int, length: int) -> jax.Array:
-    """``x`` with zeros behind, where ``axis`` is shorter than ``length``."""
-    missing = [(0, max(0, length - x.shape[axis]) * (each == axis)) for each in range(x.ndim)]
-    return jnp.pad(x, missing) if any(amount for _, amount in missing) else x
 
 
 # Both sums below are taken in the matrix unit: the vector unit would need several times as long, and the second one an

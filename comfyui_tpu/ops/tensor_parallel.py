@@ -17,6 +17,8 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh, PartitionSpec
 
+from comfyui_tpu.ops.padding import pad_to_multiple
+
 # With fewer tokens a shard, a product of one shard spends its time on reading the weights, once for every shard.
 RING_MIN_TOKENS = 256
 
@@ -53,7 +55,7 @@ def split_outputs(
         out_specs=[[PartitionSpec(None, None, axes)] * number for number in units],
         check_vma=False,
     )
-    return run(_padded(x, mesh.size), *weights)
+    return run(pad_to_multiple(x, 1, mesh.size), *weights)
 
 
 def split_inputs(parts: Sequence[jax.Array], weight: jax.Array, *, mesh: Mesh) -> jax.Array:
@@ -81,7 +83,7 @@ def split_inputs(parts: Sequence[jax.Array], weight: jax.Array, *, mesh: Mesh) -
         out_specs=PartitionSpec(None, axes),
         check_vma=False,
     )
-    return run(weight, *(_padded(part, mesh.size) for part in parts))[:, :tokens]
+    return run(weight, *(pad_to_multiple(part, 1, mesh.size) for part in parts))[:, :tokens]
 
 
 class _Ring:
@@ -151,10 +153,3 @@ def _summed_round_the_ring(ring: _Ring, x: jax.Array, weight: jax.Array) -> jax.
                 mine += ring.passed(sums[at], by).astype(jnp.float32)
             sums[at] = mine.astype(x.dtype)
     return jnp.concatenate(sums, axis=-1)
-
-
-def _padded(x: jax.Array, multiple: int) -> jax.Array:
-    """``[B, S, ...]`` with zero tokens up to a multiple."""
-    widths = [(0, 0)] * x.ndim
-    widths[1] = (0, -x.shape[1] % multiple)
-    return jnp.pad(x, widths) if widths[1][1] else x

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import dataclasses
 import json
 import sys
 import tempfile
@@ -16,6 +15,7 @@ from typing import Any
 from comfyui_tpu.models.common import Task
 from comfyui_tpu.plan import catalogue, hardware, html, table
 from comfyui_tpu.plan.alternatives import topologies_that_fit
+from comfyui_tpu.plan.asked import asked
 from comfyui_tpu.plan.choose import choose
 from comfyui_tpu.plan.estimate import AUTO, EFFORTS, Job, estimate
 from comfyui_tpu.plan.rehearsal import Call, open_model, rehearse, transformer_plans
@@ -33,7 +33,7 @@ def main(arguments: list[str] | None = None) -> int:
     options = _parser().parse_args(arguments)
     try:
         with _checkpoint(options.model, options.blocks) as (folder, task):
-            return _plan(options, folder, _asked(options, task))
+            return _plan(options, folder, asked(options, task))
     except (CheckpointError, InvalidInput, PlanError) as error:
         print(f"error: {error}", file=sys.stderr)
         return FAILED
@@ -107,18 +107,6 @@ def _usual_task(folder: Path) -> Task:
         if entry.configs["model_index.json"]["_class_name"] == pipeline:
             return entry.task
     raise CheckpointError(f"{folder} is a checkpoint for {pipeline}, which the planner does not know.")
-
-
-def _asked(options: argparse.Namespace, usual: Task) -> Task:
-    """``usual`` with what the command line says."""
-    asked = {
-        "height": options.height,
-        "width": options.width,
-        "num_frames": options.frames,
-        "num_inference_steps": options.steps,
-        "guidance_scale": options.guidance,
-    }
-    return dataclasses.replace(usual, **{name: value for name, value in asked.items() if value is not None})
 
 
 def _plan(options: argparse.Namespace, folder: Path, task: Task) -> int:

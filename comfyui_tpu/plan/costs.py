@@ -8,7 +8,6 @@ wait for counts. All of it is an estimate: nothing here was measured on a TPU.
 from __future__ import annotations
 
 import dataclasses
-import math
 import re
 from collections import Counter
 from collections.abc import Callable
@@ -183,8 +182,7 @@ class _Reader:
             return self._compute(instruction, cost)
         resource, duration = transfer
         if resource.startswith(_LINKS):
-            grid = self.topology.grid_of(instruction.group(self.topology.devices))
-            cost.collective_bytes += self._payload(instruction, grid)
+            cost.collective_bytes += self._payload(instruction)
         if not instruction.opcode.endswith("-start"):
             return duration
         schedule.start(instruction.name, resource, duration)
@@ -208,17 +206,17 @@ class _Reader:
         if opcode.startswith(_COLLECTIVES):
             grid = self.topology.grid_of(instruction.group(self.topology.devices))
             way = str(instruction.group(2)) if opcode.startswith("collective-permute") else ""
-            seconds = collective_seconds(opcode, self._payload(instruction, grid), grid, self.topology)
+            seconds = collective_seconds(opcode, self._payload(instruction), grid, self.topology)
             return _LINKS + way, clock * seconds
         if opcode.endswith("-start"):
             return _HBM, clock * instruction.moved() / self.topology.generation.hbm_bandwidth
         return None
 
-    def _payload(self, instruction: hlo.Instruction, grid: tuple[int, ...]) -> int:
+    def _payload(self, instruction: hlo.Instruction) -> int:
         """Bytes of the largest of a chip's operand and result in a collective."""
         result = instruction.largest_array()
         scatters = self._collective_kind(instruction) == "reduce-scatter"
-        return result * math.prod(grid) if scatters else result
+        return result * len(instruction.group(self.topology.devices)) if scatters else result
 
     def _collective_kind(self, instruction: hlo.Instruction) -> str:
         """The opcode; of a generic ``async-start`` that of what it starts."""

@@ -33,6 +33,7 @@ from comfyui_tpu.plan.hardware import Topology, describe_devices
 from comfyui_tpu.plan.kernels import OurKernels
 from comfyui_tpu.plan.rehearsal import Call, open_model, rehearse
 from comfyui_tpu.runtime import compile_cache
+from comfyui_tpu.runtime.files import write_text
 
 log = logging.getLogger(__name__)
 
@@ -44,7 +45,7 @@ EFFORTS: dict[str, dict[str, Any]] = {
     "quickest": {"exec_time_optimization_effort": -1.0},
 }
 AUTO = "auto"  # quick for autoencoders, which take the compiler minutes; production for the rest
-_PACKAGES = ("jax", "libtpu", "torch", "torchax", "diffusers", "transformers")
+PACKAGES = ("jax", "libtpu", "torch", "torchax", "diffusers", "transformers")
 
 
 @dataclass(frozen=True)
@@ -322,7 +323,7 @@ def _cache_path(call: Call, topology: Topology, effort: str, kernel_cycles: Any)
 def code_version() -> str:
     """Hash of the sources that make programs and read them, and of the versions they run with."""
     versions = []
-    for package in _PACKAGES:
+    for package in PACKAGES:
         try:
             versions.append((package, importlib.metadata.version(package)))
         except importlib.metadata.PackageNotFoundError:
@@ -351,8 +352,6 @@ def _stored(path: Path | None, call: Call) -> ProgramEstimate | None:
 def _store(path: Path, found: ProgramEstimate) -> None:
     try:
         path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
-        temporary = path.with_suffix(f".{os.getpid()}.tmp")
-        temporary.write_text(json.dumps(dataclasses.asdict(found)), encoding="utf-8")
-        temporary.replace(path)
+        write_text(path, json.dumps(dataclasses.asdict(found)))
     except OSError as error:
         log.warning("the planner's result is not kept: %s", error)

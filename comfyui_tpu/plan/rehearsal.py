@@ -55,6 +55,14 @@ class Call:
         return f"{self.components[0]} {self.method}"
 
 
+def family_of(folder: Path) -> type[OpenedModel]:
+    """What opens the checkpoint in ``folder``; CheckpointError: it is none of the families that run here."""
+    name = read_config(folder, "model_index.json").get("_class_name")
+    if name not in FAMILIES:
+        raise CheckpointError(f"{folder} is a checkpoint for {name}; expected one for {', '.join(FAMILIES)}.")
+    return FAMILIES[name]
+
+
 def open_model(folder: Path, devices: tuple, plan: str | None = None) -> OpenedModel:
     """The checkpoint in ``folder`` on described ``devices``; only its configs are read.
 
@@ -65,12 +73,7 @@ def open_model(folder: Path, devices: tuple, plan: str | None = None) -> OpenedM
         CheckpointError: it is none of the families that run here.
         PlanError: its transformer has no plan of that name for so many devices.
     """
-    index = read_config(folder, "model_index.json")
-    family = FAMILIES.get(index.get("_class_name", ""))
-    if family is None:
-        raise CheckpointError(
-            f"{folder} is a checkpoint for {index.get('_class_name')}; expected one for {', '.join(FAMILIES)}."
-        )
+    family = family_of(folder)
     model = family(folder, devices)
     if plan is None:
         return model

@@ -61,7 +61,7 @@ class Plan:
     weights: tuple[tuple[str, PartitionSpec | str], ...] = ()
     gather_weights: bool = False
     shard_tokens: bool = False
-    attention: Literal["heads", "ring", "replicated"] = "replicated"
+    attention: Literal["heads", "ring", "replicated", "own heads"] = "replicated"
     ring_chips: int | None = None
     min_sharded_elements: int = 2**16
     batch_axes: tuple[str, ...] = ()

@@ -10,7 +10,6 @@ from __future__ import annotations
 import contextlib
 import functools
 import json
-import os
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -18,6 +17,7 @@ import jax
 
 from comfyui_tpu.ops.splash_blocks import generation_of
 from comfyui_tpu.runtime import compile_cache
+from comfyui_tpu.runtime.files import write_text
 from comfyui_tpu.runtime.plan import Plan
 
 _OURS = Path(__file__).with_name("plan_choices.json")
@@ -38,9 +38,7 @@ def keep(component: str, generation: str, devices: int, plan: str) -> None:
     path = users_file()
     choices = {**_read(path), _key(component, generation, devices): plan}
     path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
-    temporary = path.with_suffix(f".{os.getpid()}.tmp")
-    temporary.write_text(json.dumps(choices, indent=2, sort_keys=True) + "\n", encoding="utf-8")
-    temporary.replace(path)
+    write_text(path, json.dumps(choices, indent=2, sort_keys=True) + "\n")
     _read_version.cache_clear()
 
 

@@ -1,15 +1,12 @@
 """``--disable-metadata``: nothing is stored. In a process of its own, as ComfyUI reads the switch when it starts."""
 
-import json
-import os
-import subprocess
-import sys
 import textwrap
 from pathlib import Path
 
 import pytest
 from PIL import Image
 
+from tests.comfy.script import printed
 from tests.comfy.server import REPOSITORY
 
 SCRIPT = """
@@ -41,16 +38,7 @@ SCRIPT = """
 def test_the_switch_keeps_all_metadata_out_of_files(comfyui_checkout, tmp_path):
     path = REPOSITORY / "custom_nodes" / "ComfyUI-TPU-Monitor" / "nodes_metadata.py"
     script = textwrap.dedent(SCRIPT).format(folder=str(tmp_path), path=str(path))
-    done = subprocess.run(
-        [sys.executable, "-c", script, "--disable-metadata"],
-        cwd=comfyui_checkout,
-        env={**os.environ, "PYTHONPATH": str(REPOSITORY)},
-        capture_output=True,
-        text=True,
-        timeout=120,
-    )
-    assert done.returncode == 0, done.stderr
-    found = json.loads(done.stdout.splitlines()[-1])
+    found = printed(script, comfyui_checkout, "--disable-metadata")
     assert [(disabled, extra) for disabled, _, extra in found] == [(True, {}), (False, {"Author": "A"})]
     assert [stored(tmp_path / name) for _, name, _ in found] == [set(), {"prompt", "workflow", "Author"}]
 

@@ -1,13 +1,10 @@
 """Loading the packs must cost ComfyUI's start next to nothing, and must leave the TPU to whoever uses it first."""
 
-import json
-import os
-import subprocess
-import sys
 import textwrap
 
 import pytest
 
+from tests.comfy.script import printed
 from tests.comfy.server import REPOSITORY
 
 PACKS = sorted(str(pack) for pack in (REPOSITORY / "custom_nodes").glob("ComfyUI-*"))
@@ -27,17 +24,7 @@ def test_the_packs_import_fast_and_without_jax(comfyui_checkout):
         packages = sorted({{name.partition(".")[0] for name in set(sys.modules) - before}})
         print(json.dumps([loaded, seconds, packages]))
     """)
-    environment = {**os.environ, "PYTHONPATH": str(REPOSITORY)}
-    done = subprocess.run(
-        [sys.executable, "-c", script],
-        cwd=comfyui_checkout,
-        env=environment,
-        capture_output=True,
-        text=True,
-        timeout=120,
-    )
-    assert done.returncode == 0, done.stderr
-    loaded, seconds, packages = json.loads(done.stdout.splitlines()[-1])
+    loaded, seconds, packages = printed(script, comfyui_checkout)
     assert loaded == PACKS
     assert seconds < len(PACKS)
     assert not {"jax", "jaxlib", "torchax", "diffusers"} & set(packages)

@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import functools
-import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
-REPOSITORY = Path(__file__).resolve().parents[2]
+from tests.comfy.script import printed
+from tests.comfy.server import REPOSITORY
+
 PACKS = sorted((REPOSITORY / "custom_nodes").glob("ComfyUI-*"))
 
 SCRIPT = """
@@ -31,14 +29,4 @@ print(json.dumps(found))
 @functools.cache
 def schemas(comfyui: Path) -> dict[str, dict[str, dict]]:
     """Pack → node id → what ``/object_info`` says of it, in the pack's own order."""
-    done = subprocess.run(
-        [sys.executable, "-c", SCRIPT],
-        input="\n".join(map(str, PACKS)),
-        cwd=comfyui,
-        env={**os.environ, "PYTHONPATH": str(REPOSITORY)},
-        capture_output=True,
-        text=True,
-        timeout=180,
-    )
-    assert done.returncode == 0, done.stderr
-    return json.loads(done.stdout.splitlines()[-1])
+    return printed(SCRIPT, comfyui, given="\n".join(map(str, PACKS)), seconds=180)

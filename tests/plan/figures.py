@@ -16,10 +16,11 @@ STORED = Path(__file__).with_suffix(".json")
 TOPOLOGY = "v6e:2x4"
 # Wan 2.2's experts run Wan 2.1's program but for the width of its first layer.
 MODELS = ("wan2.1-t2v-14b", "cogvideox1.5-5b", "flux.2-dev")
-PACKAGES = ("jax", "libtpu", "torch", "torchax", "diffusers", "transformers")
 
 
 def versions() -> dict[str, str]:
+    from comfyui_tpu.plan.estimate import PACKAGES
+
     return {package: importlib.metadata.version(package) for package in PACKAGES}
 
 
