@@ -32,7 +32,7 @@ class FakeChip:
     hbm_used: int = 0
     hbm_total: int = 32 * GIB
     duty_cycle: float = 0.0
-    tensorcore: float = 0.0
+    tensorcore: float | None = 0.0  # None: the SDK does not tell this chip's
 
 
 @dataclass
@@ -88,7 +88,8 @@ class MetricsServer(services.RuntimeMetricServiceServicer):
         elif name == DUTY_CYCLE:
             gauges = [messages.Gauge(as_double=chip.duty_cycle) for chip in self.chips[:: self.devices_per_duty]]
         elif name == TENSORCORE:
-            gauges = [messages.Gauge(as_double=chip.tensorcore) for chip in self.chips]
+            told = [chip.tensorcore for chip in self.chips if chip.tensorcore is not None]
+            gauges = [messages.Gauge(as_double=value) for value in told]
         else:
             raise ValueError(f"unknown metric {name}")
         found = [

@@ -6,7 +6,7 @@ import time
 import pytest
 
 from comfyui_tpu.monitor import chips as module
-from comfyui_tpu.monitor.chips import DEADLINE_SECONDS, HBM_TOTAL, HBM_USAGE, RuntimeMetrics, _Hardware, ports
+from comfyui_tpu.monitor.chips import HBM_TOTAL, HBM_USAGE, RuntimeMetrics, _Hardware, ports
 from comfyui_tpu.monitor.sample import Chip
 from tests.monitor.metrics_server import DUTY_CYCLE, GIB, FakeChip, MetricsServer
 
@@ -25,7 +25,7 @@ def reader():
         each.close()
 
 
-def read_until(reader: RuntimeMetrics, condition, seconds: float = 8.0):
+def read_until(reader: RuntimeMetrics, condition, seconds: float = 60.0):
     deadline = time.monotonic() + seconds
     while not condition(found := reader.read()):
         assert time.monotonic() < deadline, found
@@ -63,26 +63,30 @@ def test_a_dropped_connection_is_told_and_opened_again(reader):
         assert read_until(reader, lambda found: found.chips).chips[0].hbm_used == 7
 
 
-def test_a_late_answer_shows_the_last_figures_with_their_age(reader):
+def test_a_late_answer_shows_the_last_figures_with_their_age(reader, monkeypatch):
+    monkeypatch.setattr(module, "STALE_SECONDS", 60.0)
     with MetricsServer([FakeChip(hbm_used=7)]) as server:
         reader = reader(server)
         assert reader.read().chips[0].hbm_used == 7
-        server.delay = 30.0
+        server.delay, patience = 60.0, module.DEADLINE_SECONDS
+        monkeypatch.setattr(module, "DEADLINE_SECONDS", 0.4)
         start = time.monotonic()
         found = reader.read()
-        assert time.monotonic() - start < 2 * DEADLINE_SECONDS
+        assert time.monotonic() - start < 20, "it waited for the answer"
         assert found.chips[0].hbm_used == 7
-        assert found.age >= DEADLINE_SECONDS
+        assert found.age >= 0.4
         assert found.unavailable["late"].code == "late"
         server.delay = 0.0
+        monkeypatch.setattr(module, "DEADLINE_SECONDS", patience)
         assert read_until(reader, lambda found: found.age == 0).chips[0].hbm_used == 7
 
 
 def test_figures_that_are_too_old_are_no_longer_shown(reader, monkeypatch):
     with MetricsServer([FakeChip()]) as server:
         reader = reader(server)
-        reader.read()
-        server.delay = 30.0
+        assert reader.read().chips
+        server.delay = 60.0
+        monkeypatch.setattr(module, "DEADLINE_SECONDS", 0.4)
         monkeypatch.setattr(module, "STALE_SECONDS", 0.1)
         found = reader.read()
     assert not found.chips

@@ -36,7 +36,7 @@ def path(monkeypatch, tmp_path):
     return tmp_path
 
 
-def read_until(cores: TensorCores, condition, seconds: float = 15.0):
+def read_until(cores: TensorCores, condition, seconds: float = 100.0):
     deadline = time.monotonic() + seconds
     while not condition(found := cores.read()):
         assert time.monotonic() < deadline, found
@@ -52,9 +52,10 @@ def test_utilization_reaches_the_chips(path, monkeypatch):
             assert reader.read().unavailable["tensorcore_utilization"].code == "starting"
             found = read_until(reader, lambda found: not found.unavailable)
             assert [chip.tensorcore_utilization for chip in found.chips] == [12.5, 75.0]
-            server.chips.append(FakeChip())
-            found = reader.read()
-            assert "2 values for 3 devices" in found.unavailable["tensorcore_utilization"].text
+            # One that the SDK leaves out: it must not be told anybody else's figure.
+            server.chips.append(FakeChip(tensorcore=None))
+            missing = reader.read().unavailable
+            assert "2 values for 3 devices" in missing["tensorcore_utilization"].text
         finally:
             reader.close()
 
@@ -65,7 +66,7 @@ def test_asking_never_waits_for_the_answer(path, cores):
     start = time.monotonic()
     assert cores.read()[1].code == "starting"
     assert cores.read()[1].code == "starting"
-    assert time.monotonic() - start < 1
+    assert time.monotonic() - start < 20, "it waited for an answer that takes a minute"
 
 
 def test_old_figures_are_not_shown_while_the_sdk_is_late(path, cores, monkeypatch):
@@ -119,8 +120,8 @@ def test_the_helper_ends_with_the_process_that_started_it(path, tmp_path):
         "from comfyui_tpu.monitor.tensorcore import TensorCores; import os; cores = TensorCores('quick_sdk');"
         "cores.read(); print(cores._process.pid, flush=True); os._exit(0)"
     )
-    done = subprocess.run([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True, timeout=30)
-    deadline = time.monotonic() + 10
+    done = subprocess.run([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True, timeout=120)
+    deadline = time.monotonic() + 60
     while _alive(int(done.stdout)):
         assert time.monotonic() < deadline
         time.sleep(0.05)
