@@ -66,6 +66,14 @@ def page(kitchen, open_page, errors) -> Iterator[Page]:
 
 
 @pytest.fixture
+def own_page(kitchen, open_page) -> Iterator[Page]:
+    """A page for one test. It is closed: while it is open the server samples for its monitor, whatever others do."""
+    page = open_page()
+    yield page
+    page.context.close()
+
+
+@pytest.fixture
 def rendered(page: Page, vue: bool) -> Iterator[Page]:
     """The page with the rendering of nodes that the test asks for."""
     set_settings(page, **{"Comfy.VueNodes.Enabled": vue})
@@ -154,11 +162,23 @@ def test_the_demos_show_their_videos_on_the_node(rendered, vue, site, shot):
     assert rendered.locator(".p-toast-message-error").count() == 0
 
 
-def test_the_comparator_lists_what_was_changed_since_an_earlier_video(kitchen, open_page, site, shot):
-    """As the example's note says: run, choose the video, change the seed, run."""
+@pytest.fixture
+def another_page(kitchen, open_page) -> Iterator[Page]:
+    """Closed after the test: a page that stays open goes on asking the server for samples."""
+    page = open_page()
+    yield page
+    page.context.close()
+
+
+@pytest.fixture
+def pinned_frontend(site) -> None:
     if site.frontend != frontends.PINNED:
         pytest.skip("made in one frontend: it takes two videos")
-    name, page = "combined_video_metadata_demo", open_page()
+
+
+def test_the_comparator_lists_what_was_changed_since_an_earlier_video(pinned_frontend, another_page, shot):
+    """As the example's note says: run, choose the video, change the seed, run."""
+    name, page = "combined_video_metadata_demo", another_page
     examples.open_example(page, name)
     examples.press_run(page)
     examples.wait_until_shown(page, name, "video", 256, 256)
