@@ -10,6 +10,7 @@ import json
 import os
 import re
 import shutil
+import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
@@ -17,7 +18,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import pytest
-from playwright.sync_api import Browser, Page, sync_playwright
+from playwright.sync_api import Browser, Page, expect, sync_playwright
 
 from tests.browser import frontends
 from tests.comfy.server import REPOSITORY, ComfyServer
@@ -34,6 +35,8 @@ CHROMIUM_FLAGS = [
     "--disable-sync",
 ]
 LOAD_MS = 60_000
+# How long a test waits for what it expects. Much more than it takes: no test may depend on the machine being quick.
+PATIENCE_MS = 30_000
 # Complaints that are core's own but come only once a browser, or depend on when the page is left.
 CORES_OWN = ("favicon.ico", "api.comfy.org", "api/userdata")
 READY = "() => window.app?.graph && window.app.extensionManager"
@@ -43,6 +46,22 @@ def pytest_collection_modifyitems(items):
     for item in items:
         if Path(__file__).parent in item.path.parents:
             item.add_marker(pytest.mark.browser)
+
+
+FAILED = pytest.StashKey[bool]()
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(item, call):
+    report = yield
+    item.stash[FAILED] = item.stash.get(FAILED, False) or report.failed
+    return report
+
+
+@pytest.fixture
+def failed(request) -> Callable[[], bool]:
+    """Whether the test has failed, for fixtures that then put a shared page in order more thoroughly."""
+    return lambda: request.node.stash.get(FAILED, False)
 
 
 @dataclass
@@ -55,6 +74,10 @@ class Site:
 
     def set_chips(self, count: int, hbm_used: int = 0, duty_cycle: float = 0.0, tensorcore: float = 0.0) -> None:
         self.metrics.chips[:] = [FakeChip(hbm_used, 32 * GIB, duty_cycle, tensorcore) for _ in range(count)]
+
+    def hold(self, held: bool) -> None:
+        """Whether steps that are being taken stop half-way, until they are let go on."""
+        self.server.post("/probe/hold", {"held": held})
 
     def set(self, **settings: object) -> None:
         """Settings as another page of the same user would leave them; ``__`` stands for the dot in their ids."""
@@ -106,6 +129,7 @@ def browser() -> Iterator[Browser]:
     path = chromium()
     with sync_playwright() as playwright:
         browser = playwright.chromium.launch(executable_path=path, args=CHROMIUM_FLAGS)
+        expect.set_options(timeout=PATIENCE_MS)
         yield browser
         browser.close()
 
@@ -171,6 +195,20 @@ def load(page: Page, site: Site) -> None:
     page.wait_for_function(READY, timeout=LOAD_MS)
 
 
+def eventually(page: Page, condition: Callable[[], object], what: str) -> None:
+    """Wait until ``condition()`` holds, as ``expect`` does for what it knows."""
+    deadline = time.monotonic() + PATIENCE_MS / 1000
+    while not condition():
+        assert time.monotonic() < deadline, f"expected, but it did not come to that: {what}"
+        page.wait_for_timeout(100)
+
+
+def settle(page: Page, milliseconds: float) -> None:
+    """Until nothing more is fetched, and a while longer for what is not fetched."""
+    page.wait_for_load_state("networkidle", timeout=LOAD_MS)
+    page.wait_for_timeout(milliseconds)
+
+
 def set_settings(page: Page, **settings: object) -> None:
     """As the settings dialog does it."""
     script = (
@@ -180,6 +218,7 @@ def set_settings(page: Page, **settings: object) -> None:
 
 
 def queue_steps(page: Page, seconds: float) -> None:
+    """Run a node of twenty steps. It stops half-way while ``Site.hold`` says so."""
     script = """async (seconds) => {
         app.graph.clear();
         const node = LiteGraph.createNode("ProbeSteps");
@@ -213,19 +252,19 @@ def baseline(open_page) -> Errors:
         route.fulfill(response=answer, json=[path for path in answer.json() if "TPU" not in path])
 
     page = open_page(errors, before=lambda page: page.route("**/extensions", without_ours))
-    page.wait_for_timeout(1500)
+    settle(page, 500)
     assert page.locator("#tpu-monitor-strip").count() == 0
     for name, values in (("Comfy.UseNewMenu", ("Disabled", "Top")), ("Comfy.ColorPalette", ("light", "dark"))):
         for each in values:
             set_settings(page, **{name: each})
-            page.wait_for_timeout(200)
+            settle(page, 200)
     queue_steps(page, seconds=0.2)
-    page.wait_for_timeout(1000)
+    settle(page, 1000)
     page.reload()
-    page.wait_for_function(READY)
-    page.wait_for_timeout(1000)
+    page.wait_for_function(READY, timeout=LOAD_MS)
+    settle(page, 500)
     page.evaluate("app.extensionManager.command.execute('Comfy.ShowSettingsDialog')")
-    page.wait_for_timeout(500)
+    settle(page, 500)
     page.context.close()
     return errors
 

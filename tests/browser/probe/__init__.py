@@ -1,8 +1,26 @@
-"""A custom node for the tests' server: takes its time, in steps, as a sampler does."""
+"""A custom node for the tests' server: takes its time, in steps, as a sampler does.
 
+Route: ``POST /probe/hold`` ``{"held": true}``: it stops half-way until told ``false``.
+"""
+
+import threading
 import time
 
+from aiohttp import web
 from comfy.utils import ProgressBar
+from server import PromptServer
+
+GO_ON = threading.Event()
+GO_ON.set()
+
+
+@PromptServer.instance.routes.post("/probe/hold")
+async def hold(request):
+    if (await request.json())["held"]:
+        GO_ON.clear()
+    else:
+        GO_ON.set()
+    return web.json_response({})
 
 
 class ProbeSteps:
@@ -18,7 +36,9 @@ class ProbeSteps:
 
     def work(self, steps, seconds):
         bar = ProgressBar(steps)
-        for _ in range(steps):
+        for step in range(steps):
+            if step == steps // 2:
+                GO_ON.wait(120)
             time.sleep(seconds / steps)
             bar.update(1)
         return {"ui": {"steps": [steps]}}
