@@ -69,7 +69,7 @@ def test_every_help_page_opens_beside_its_node(page, language, shot):
         else:
             page.evaluate(HELP_OF_SELECTED, node_id)
         shown = f"(title) => document.querySelector('{HEADING}')?.textContent.trim() === title"
-        page.wait_for_function(shown, arg=text["display_name"], timeout=10_000)
+        page.wait_for_function(shown, arg=text["display_name"])
         if node_id == "Wan22I2VTPUSampler":
             page.wait_for_timeout(500)
             shot(page, f"help-{language}")

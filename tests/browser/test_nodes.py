@@ -10,7 +10,7 @@ from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 from playwright.sync_api import Page
 
-from tests.browser.conftest import Errors
+from tests.browser.conftest import Errors, eventually
 
 SHOW, JSON_TEXT = "ShowAnyTPU", '{"a": {"seed": 7}}'
 # name: (type, widget values, links {input: (name, output slot)})
@@ -149,25 +149,33 @@ def test_every_node_runs_in_a_workflow_and_shows_its_text(page: Page, site, shot
             assert (titles[found], index) == (origin, slot)
     shown = run(page)
     assert [name for name, text in TEXTS.items() if text not in shown[name]] == []
-    visible = set()
-    for name, offset in (("nodes", "[90, 160]"), ("nodes-below", "[90, -900]")):
-        page.evaluate(f"app.canvas.ds.scale = 0.7; app.canvas.ds.offset = {offset}; app.canvas.setDirty(true, true)")
-        page.wait_for_timeout(1000)
-        shot(page, name)
-        visible.update(page.evaluate(VISIBLE))
-    assert {shown["show list"], shown["layout"], shown["show string"]} <= visible
+    wanted, visible = {shown["show list"], shown["layout"], shown["show string"]}, set()
+
+    def all_seen() -> bool:
+        for name, offset in (("nodes", "[90, 160]"), ("nodes-below", "[90, -900]")):
+            look_at(page, offset)
+            page.wait_for_timeout(1000)
+            shot(page, name)
+            visible.update(page.evaluate(VISIBLE))
+        return wanted <= visible
+
+    eventually(page, all_seen, "the texts are drawn")
     # What is shown is not saved with the workflow, and shifts no widget's value.
     saved = json.loads(page.evaluate(SAVE))
     assert values(saved) == values(workflow)
     assert [text for text in errors.texts if "ComfyUI-TPU" in text or text.startswith("uncaught")] == []
 
 
+def look_at(page: Page, offset: str) -> None:
+    page.evaluate(f"app.canvas.ds.scale = 0.7; app.canvas.ds.offset = {offset}; app.canvas.setDirty(true, true)")
+
+
 def test_nodes_2_0_show_the_texts_too(page: Page, site, shot, workflow):
     page.evaluate("app.extensionManager.setting.set('Comfy.VueNodes.Enabled', true)")
     try:
         shown = run(page)
-        page.evaluate("app.canvas.ds.scale = 0.7; app.canvas.ds.offset = [90, 160]; app.canvas.setDirty(true, true)")
-        page.wait_for_function(f"(text) => ({VISIBLE})().includes(text)", arg=shown["layout"], timeout=10_000)
+        look_at(page, "[90, 160]")
+        page.wait_for_function(f"(text) => ({VISIBLE})().includes(text)", arg=shown["layout"])
         shot(page, "nodes-2.0")
     finally:
         page.evaluate("app.extensionManager.setting.set('Comfy.VueNodes.Enabled', false)")

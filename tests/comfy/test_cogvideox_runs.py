@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from tests.checkpoints import write
+from tests.comfy.cancel import check_cancelled, run_and_cancel, steps_done
 from tests.comfy.contract import example_prompts
 
 pytestmark = pytest.mark.server
@@ -147,23 +148,8 @@ def test_latents_of_other_nodes_are_decoded_with_the_model_that_is_connected(ser
 def test_cancel_stops_within_a_step_and_the_next_prompt_works(server, sampling):
     total = 100
     sampling[SAMPLER]["inputs"].update(num_inference_steps=total, seed=77)
-    steps, cancelled = [], []
-
-    def cancel_at_step_three(done):
-        kind, data = done.events[-1] if done.events else ("", {})
-        if kind == "progress" and data.get("max") == total and data["value"] not in steps:
-            steps.append(data["value"])
-        if len(steps) == 3 and not cancelled:
-            server.post("/interrupt", {})
-            cancelled.append(time.monotonic())
-
-    done = server.run(sampling, cancel_at_step_three)
-    assert done.of("execution_interrupted")[0]["node_id"] == SAMPLER
-    assert not done.succeeded
-    assert done.error is None
-    assert len(steps) <= 6
-    assert time.monotonic() - cancelled[0] < 5
-
+    done, late = run_and_cancel(server, sampling, SAMPLER, lambda done: steps_done(done, SAMPLER, total) >= 3)
+    check_cancelled(done, late, SAMPLER, total)
     latents_of(server, sampling, num_inference_steps=2)
 
 
@@ -171,7 +157,7 @@ def test_free_releases_the_devices_and_the_next_prompt_loads_again(server, sampl
     latents_of(server, sampling)
     before = len(server.log())
     server.post("/free", {"unload_models": True})
-    deadline = time.monotonic() + 20
+    deadline = time.monotonic() + 120
     released = None
     while released is None and time.monotonic() < deadline:
         released = re.search(r"Released ([\d.]+) MiB of device memory", server.log()[before:])

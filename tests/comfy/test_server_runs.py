@@ -7,6 +7,8 @@ import av
 import pytest
 import torch
 
+from tests.comfy.cancel import check_cancelled, run_and_cancel, steps_done
+
 pytestmark = pytest.mark.server
 
 SAMPLER, DECODER = "3", "4"
@@ -117,24 +119,8 @@ def test_cancel_stops_within_a_step_and_the_next_prompt_works(server, nodes):
     total = 100
     only_sampler(nodes)
     nodes[SAMPLER]["inputs"].update(num_inference_steps=total, seed=77)
-    times, cancelled = [], []
-
-    def cancel_at_step_three(run):
-        kind, data = run.events[-1] if run.events else ("", {})
-        if kind == "progress" and data.get("max") == total and len(times) < data["value"]:
-            times.append(time.monotonic())
-        if len(times) == 3 and not cancelled:
-            server.post("/interrupt", {})
-            cancelled.append(time.monotonic())
-
-    run = server.run(nodes, cancel_at_step_three)
-    seconds_to_stop = time.monotonic() - cancelled[0]
-    step_seconds = times[2] - times[1]
-    assert run.of("execution_interrupted")[0]["node_id"] == SAMPLER
-    assert not run.succeeded
-    assert run.error is None
-    assert len(times) <= 5
-    assert seconds_to_stop < 2 * step_seconds + 1.0
+    run, late = run_and_cancel(server, nodes, SAMPLER, lambda run: steps_done(run, SAMPLER, total) >= 3)
+    check_cancelled(run, late, SAMPLER, total)
 
     nodes[SAMPLER]["inputs"]["num_inference_steps"] = 2
     run = server.run(nodes)
@@ -147,7 +133,7 @@ def test_free_releases_the_devices_and_the_next_prompt_loads_again(server, nodes
     assert run.succeeded, run.why
     before = len(server.log())
     server.post("/free", {"unload_models": True})
-    deadline = time.monotonic() + 20
+    deadline = time.monotonic() + 120
     released = None
     while released is None and time.monotonic() < deadline:
         released = re.search(r"Released ([\d.]+) MiB of device memory", server.log()[before:])

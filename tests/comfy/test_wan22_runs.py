@@ -12,6 +12,7 @@ import torch
 from PIL import Image
 
 from tests.checkpoints import write
+from tests.comfy.cancel import check_cancelled, run_and_cancel, steps_done
 from tests.comfy.contract import example_prompts
 
 pytestmark = pytest.mark.server
@@ -213,22 +214,13 @@ def test_two_pictures_make_two_videos(server, sampling, i2v_demo):
 def test_cancel_during_the_second_expert_stops_and_the_next_prompt_works(server, sampling):
     total = 100
     sampling[SAMPLER]["inputs"].update(num_inference_steps=total, shift=1.0, seed=77)  # 10 steps for the first expert
-    cancelled_at, last = [], []
 
-    def cancel_after_the_switch(run):
-        kind, data = run.events[-1] if run.events else ("", {})
-        if kind == "progress" and data.get("max") == total:
-            last[:] = [data["value"]]
-        if not cancelled_at and any("low-noise expert" in text for text in run.texts_of(SAMPLER)[-1:]):
-            server.post("/interrupt", {})
-            cancelled_at.extend(last)
+    def switched(done):
+        return any("low-noise expert" in text for text in done.texts_of(SAMPLER))
 
-    done = server.run(sampling, cancel_after_the_switch)
-    assert done.of("execution_interrupted")[0]["node_id"] == SAMPLER
-    assert not done.succeeded
-    assert done.error is None
-    assert 10 < cancelled_at[0] < 30
-    assert last[0] <= cancelled_at[0] + 2
+    done, late = run_and_cancel(server, sampling, SAMPLER, switched)
+    check_cancelled(done, late, SAMPLER, total)
+    assert steps_done(done, SAMPLER, total) > 10
 
     sampling[SAMPLER]["inputs"]["num_inference_steps"] = 2
     run(server, sampling)
