@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 from jax.extend.core import jaxprs_in_params
 
-from comfyui_tpu.ops import splash
 from comfyui_tpu.ops.splash import splash_attention
 from comfyui_tpu.ops.splash_blocks import TABLE, Blocks, fit, generation_of
+from comfyui_tpu.ops.splash_softmax import RunningSoftmax
 
 BOUND = {jnp.float32: 2e-3, jnp.bfloat16: 2e-2}
 SMALL = Blocks(queries=256, keys=512, columns=128, slice=128, ahead=2, behind=1)
@@ -68,7 +68,7 @@ def test_a_key_beyond_the_end_has_weight_zero():
 
 def test_queries_beyond_the_end_do_not_decide_for_the_others(monkeypatch):
     """The interpreter fills what lies beyond the end with NaN; the last block must stay on the bounded path."""
-    monkeypatch.setattr(splash._Work, "_online", lambda *tile: None)
+    monkeypatch.setattr(RunningSoftmax, "_online", lambda *tile: None)
     check(problem(300, 300), blocks=SMALL)
 
 
@@ -106,13 +106,13 @@ def test_the_bounded_softmax_is_taken_where_it_is_safe_and_only_there(factor, bo
     q, k, v = problem(256, 512, heads=1)
     taken = []
     for name in ("_bounded", "_online"):
-        real = getattr(splash._Work, name)
+        real = getattr(RunningSoftmax, name)
 
         def counted(*tile, real=real, name=name):
             jax.debug.callback(lambda: taken.append(name))
             real(*tile)
 
-        monkeypatch.setattr(splash._Work, name, counted)
+        monkeypatch.setattr(RunningSoftmax, name, counted)
     jax.block_until_ready(kernel(q * factor, k, v, blocks=SMALL))
     jax.effects_barrier()
     assert set(taken) == {"_bounded" if bounded else "_online"}
