@@ -168,7 +168,7 @@ def _call(q, k, v, mean, radius, *, geometry: Geometry, factor: float, interpret
         ],
         scratch_shapes={
             **buffers,
-            "scaled": pltpu.VMEM((columns, lanes), q.dtype),
+            "scaled": pltpu.VMEM((lanes, columns) if geometry.turned else (columns, lanes), q.dtype),
             "acc": pltpu.VMEM((lanes // together, columns), jnp.float32),
             "total": pltpu.VMEM((8, columns), jnp.float32),
             "shift": pltpu.VMEM((1, columns), jnp.float32),

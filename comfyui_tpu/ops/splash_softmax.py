@@ -86,13 +86,20 @@ class Geometry:
         """The last tile's rows up to the end of the keys."""
         return self.keys - self.last_start
 
+    @property
+    def turned(self) -> bool:
+        """Whether queries are kept with channels along sublanes: the matrix unit is given them more often where two
+        heads share lanes, and turns them each time else."""
+        return self.together > 1
+
 
 class RunningSoftmax:
     """The running sums of a block of queries, and what a tile of keys adds to them.
 
-    References to memory that lasts from tile to tile: ``scaled`` ``[columns, lanes]``, the queries; ``acc``
-    ``[D, columns]`` and ``total`` ``[8, columns]``, the sums of weighted values and of weights (eight partial sums, one
-    a sublane); ``shift`` ``[1, columns]``; ``safe`` ``[1]``, whether the bounded softmax may be used.
+    References to memory that lasts from tile to tile: ``scaled`` ``[columns, lanes]``, the queries, or
+    ``[lanes, columns]`` if turned; ``acc`` ``[D, columns]`` and ``total`` ``[8, columns]``, the sums of weighted values
+    and of weights (eight partial sums, one a sublane); ``shift`` ``[1, columns]``; ``safe`` ``[1]``, whether the
+    bounded softmax may be used.
     """
 
     def __init__(self, *, scaled, acc, total, shift, safe, geometry):
@@ -156,7 +163,10 @@ class RunningSoftmax:
         Sums over channels are taken in the matrix unit, which gives them as rows: eight times the same.
         """
         columns = self._of(head, queries)
-        self.scaled[columns] = scaled
+        if self.geometry.turned:
+            self.scaled[:, columns] = scaled.T
+        else:
+            self.scaled[columns] = scaled
         squares = jnp.square(scaled.astype(jnp.float32)).astype(scaled.dtype)
         length = jnp.sqrt(self._dot(jnp.ones((8, squares.shape[1]), squares.dtype), squares, 1, 1))
         reach = length * radius
@@ -244,7 +254,10 @@ class RunningSoftmax:
         """Base-2 logits of a head, float32 ``[slice, columns]``."""
         # The first head's channels are cut off for nothing; the second's would have to be shifted.
         depth = self.width if head == 0 else self.together * self.width
-        return self._dot(k[pl.ds(row, self.blocks.slice), :depth], self.scaled[columns, :depth], 1, 1)
+        keys = k[pl.ds(row, self.blocks.slice), :depth]
+        if self.geometry.turned:
+            return self._dot(keys, self.scaled[:depth, columns], 1, 0)
+        return self._dot(keys, self.scaled[columns, :depth], 1, 1)
 
     def _kept(self, logits, row, kept):
         """``logits`` of the rows from ``row`` on, the lowest where a row is not in ``kept``; ``row`` is static."""
