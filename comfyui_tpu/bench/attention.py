@@ -8,16 +8,18 @@ from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
 from comfyui_tpu.bench.compiling import Compiled
-from comfyui_tpu.bench.kernels import JAX_SPLASH, OURS, Count, Job, Shape, count, head_dim_bound
+from comfyui_tpu.bench.kernels import JAX_SPLASH, OURS, TOKAMAX_SPLASH, Count, Job, Shape, count, head_dim_bound
 from comfyui_tpu.plan.hardware import Topology
 
 ESTIMATE = "Compiler estimate from static schedules: nothing was measured on a TPU."
 
 RATIOS = {
-    "ratio_to_jax_splash": "whole kernel",
-    "ratio_per_tile": "full tile",
-    "ratio_with_surroundings": "with XLA's operations around the kernel",
+    "ratio_to_jax_splash": "whole kernel: {} × JAX splash",
+    "ratio_per_tile": "full tile: {} × JAX splash",
+    "ratio_with_surroundings": "with XLA's operations around the kernel: {} × JAX splash",
+    "ratio_to_tokamax": "whole kernel: {} × tokamax's splash",
 }
+WITHOUT_TOKAMAX = "tokamax is not installed, and so not compared: pip install tokamax"
 
 
 def row(done: Compiled, topology: Topology, online: bool = False) -> dict[str, Any]:
@@ -55,16 +57,16 @@ def _details(job: Job, counted: Count) -> dict[str, Any]:
 
 
 def compare(done: list[Compiled], topology: Topology, shape: Shape, online: bool = False) -> dict[str, Any]:
-    """The report: our kernel, and JAX's with the tile that is fastest for this shape."""
+    """The report: our kernel, and each peer's with the tile that is fastest for this shape."""
     rows = [row(each, topology, online) for each in done if each.schedule]
     ours = [each for each in rows if each["kernel"] == OURS]
-    peers = sorted((each for each in rows if each["kernel"] == JAX_SPLASH), key=lambda each: each["cycles_total"])
-    best = [*ours, *peers[:1]]
+    peers, tokamax = _fastest_first(rows, JAX_SPLASH), _fastest_first(rows, TOKAMAX_SPLASH)
     return {
-        "rows": best,
+        "rows": [*ours, *peers[:1], *tokamax[:1]],
         "ratio_to_jax_splash": _ratio(ours, peers, "cycles_total"),
         "ratio_per_tile": _ratio(ours, peers, "cycles_per_1024_logits"),
         "ratio_with_surroundings": _ratio(ours, peers, "cycles_with_surroundings"),
+        "ratio_to_tokamax": _ratio(ours, tokamax, "cycles_total"),
         "topology": topology.name,
         "shape": asdict(shape),
         "dtype": "bfloat16",
@@ -73,6 +75,8 @@ def compare(done: list[Compiled], topology: Topology, shape: Shape, online: bool
         "versions": versions(),
         "basis": ESTIMATE,
         "jax_splash_candidates": peers,
+        "tokamax_splash_candidates": tokamax,
+        "notes": [] if any(each.job.kernel == TOKAMAX_SPLASH for each in done) else [WITHOUT_TOKAMAX],
         "does_not_fit": [
             {"kernel": each.job.kernel, "blocks": asdict(each.job.blocks), "reason": each.reason}
             for each in done
@@ -81,20 +85,29 @@ def compare(done: list[Compiled], topology: Topology, shape: Shape, online: bool
     }
 
 
+def _fastest_first(rows: list[dict], kernel: str) -> list[dict]:
+    return sorted((each for each in rows if each["kernel"] == kernel), key=lambda each: each["cycles_total"])
+
+
 def _ratio(ours: list[dict], peers: list[dict], key: str) -> float | None:
     return round(peers[0][key] / ours[0][key], 3) if ours and peers else None
 
 
 def versions() -> dict[str, str | None]:
-    """Of what the figures depend on."""
+    """Of what the figures depend on; tokamax's only where there is one."""
+    found = {name: _installed(name) for name in ("jax", "libtpu", "tokamax")}
+    return found if found["tokamax"] else {name: found[name] for name in ("jax", "libtpu")}
 
-    def installed(package: str) -> str | None:
-        try:
-            return version(package)
-        except PackageNotFoundError:
-            return None
 
-    return {name: installed(name) for name in ("jax", "libtpu")}
+def has_tokamax() -> bool:
+    return _installed("tokamax") is not None
+
+
+def _installed(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
 
 
 def render(report: dict[str, Any]) -> str:
@@ -102,8 +115,8 @@ def render(report: dict[str, Any]) -> str:
     shape = report["shape"]
     lines = [
         f"{report['topology']}, one chip: {shape['heads']} heads, {shape['queries']} queries × {shape['keys']} keys, "
-        f"head_dim {shape['head_dim']}, {report['dtype']}; jax {report['versions']['jax']}, "
-        f"libtpu {report['versions']['libtpu']}",
+        f"head_dim {shape['head_dim']}, {report['dtype']}; "
+        + ", ".join(f"{package} {installed}" for package, installed in report["versions"].items()),
         report["basis"],
         "",
         *table([_cells(each) for each in report["rows"]]),
@@ -112,10 +125,11 @@ def render(report: dict[str, Any]) -> str:
     ]
     for name, what in RATIOS.items():
         if report[name] is not None:
-            lines.append(f"{what}: {report[name]} × JAX splash")
+            lines.append(what.format(report[name]))
     for each in report["rows"]:
         share = each["cycles_around_kernel"] / each["cycles_total"]
         lines.append(f"{each['kernel']}: XLA's operations around the kernel come on top, {100 * share:.1f} % of it")
+    lines += report["notes"]
     lines += [f"{each['kernel']}: {note}" for each in report["rows"] for note in each["notes"]]
     lines += [f"{each['kernel']} {each['blocks']} does not fit: {each['reason']}" for each in report["does_not_fit"]]
     return "\n".join(lines)

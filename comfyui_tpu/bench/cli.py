@@ -8,7 +8,16 @@ import sys
 
 from comfyui_tpu.bench import attention, run, tune
 from comfyui_tpu.bench.compiling import BenchError, compile_all
-from comfyui_tpu.bench.kernels import JAX_SPLASH, OURS, Job, Shape, SplashBlocks, our_blocks, splash_candidates
+from comfyui_tpu.bench.kernels import (
+    JAX_SPLASH,
+    OURS,
+    TOKAMAX_SPLASH,
+    Job,
+    Shape,
+    SplashBlocks,
+    our_blocks,
+    splash_candidates,
+)
 from comfyui_tpu.ops.splash_blocks import Blocks
 from comfyui_tpu.plan import hardware
 from comfyui_tpu.plan.bundles import BundleError
@@ -35,7 +44,9 @@ def _parser() -> argparse.ArgumentParser:
         f"cycles. {attention.ESTIMATE} run: time a model on the TPU that is there.",
     )
     commands = parser.add_subparsers(required=True)
-    compare = commands.add_parser("attention", help="our kernel against JAX's splash attention")
+    compare = commands.add_parser(
+        "attention", help="our kernel against JAX's splash attention, and tokamax's where installed"
+    )
     compare.set_defaults(run=_attention)
     _common(compare)
     compare.add_argument(
@@ -48,7 +59,7 @@ def _parser() -> argparse.ArgumentParser:
         type=_splash_blocks,
         nargs="+",
         metavar="Q,KV,COMPUTE",
-        help="tiles of JAX's kernel to choose the fastest from (default: a short list that suits the lengths)",
+        help="tiles of the peers' kernels to choose the fastest from (default: a short list that suits the lengths)",
     )
     compare.add_argument("--online", action="store_true", help="count our kernel's fall-back, the online softmax")
     search = commands.add_parser("tune", help="rank tiles of our kernel")
@@ -109,7 +120,8 @@ def _attention(options: argparse.Namespace) -> int:
     shape = Shape(options.heads, options.seq, options.kv_seq or options.seq, options.head_dim)
     ours = Job(OURS, topology.name, shape, options.blocks or our_blocks(topology, shape))
     tiles = options.splash_blocks or splash_candidates(shape)
-    jobs = [ours, *(Job(JAX_SPLASH, topology.name, shape, each) for each in tiles)]
+    peers = [JAX_SPLASH, *([TOKAMAX_SPLASH] if attention.has_tokamax() else [])]
+    jobs = [ours, *(Job(peer, topology.name, shape, each) for peer in peers for each in tiles)]
     report = attention.compare(compile_all(jobs, options.jobs, _progress), topology, shape, options.online)
     _write(options.json, report, attention.render(report))
     return OK if any(each["kernel"] == OURS for each in report["rows"]) else FAILED

@@ -13,9 +13,9 @@ from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import SingleDeviceSharding
+from jax.sharding import AxisType, Mesh, SingleDeviceSharding
 
-from comfyui_tpu.bench.kernels import OURS, Job
+from comfyui_tpu.bench.kernels import JAX_SPLASH, OURS, TOKAMAX_SPLASH, Job
 from comfyui_tpu.ops.splash import splash_attention
 from comfyui_tpu.plan import costs, hlo
 from comfyui_tpu.plan.hardware import describe_devices, parse
@@ -30,8 +30,11 @@ def main() -> None:
         jax.ShapeDtypeStruct(_operand(job.kernel, shape.heads, length, shape.head_dim), jnp.bfloat16, sharding=place)
         for length in (shape.queries, shape.keys)
     )
-    call = _ours(job) if job.kernel == OURS else _jax_splash(job)
-    lowered = jax.jit(call).trace(query, key, key).lower(lowering_platforms=("tpu",))
+    call = {OURS: _ours, JAX_SPLASH: _jax_splash, TOKAMAX_SPLASH: _tokamax_splash}[job.kernel](job)
+    # Some kernels ask, while they are lowered, what device they are for.
+    mesh = Mesh([device], ("device",), axis_types=(AxisType.Auto,))
+    with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
+        lowered = jax.jit(call).trace(query, key, key).lower(lowering_platforms=("tpu",))
     start = time.perf_counter()
     try:
         compiled = lowered.compile()
@@ -72,6 +75,18 @@ def _jax_splash(job: Job) -> Callable[..., jax.Array]:
     mask = masks.MultiHeadMask([masks.FullMask((shape.queries, shape.keys)) for _ in range(shape.heads)])
     sizes = splash.BlockSizes(block_q=blocks.queries, block_kv=blocks.keys, block_kv_compute=blocks.compute)
     return splash.make_splash_mha(mask, block_sizes=sizes, head_shards=1, q_seq_shards=1)
+
+
+def _tokamax_splash(job: Job) -> Callable[..., jax.Array]:
+    """With base-2 exponentials. Its softmax with a constant for the maximum is not exact, and so not a peer."""
+    from tokamax._src.ops.experimental.tpu.splash_attention import splash_attention_kernel as splash
+    from tokamax._src.ops.experimental.tpu.splash_attention import splash_attention_mask as masks
+
+    shape, blocks = job.compiled_shape, job.blocks
+    config = splash.SplashConfig(
+        block_q=blocks.queries, block_kv=blocks.keys, block_kv_compute=blocks.compute, use_base2_exp=True
+    )
+    return splash.make_splash_mha_single_device(masks.FullMask((shape.queries, shape.keys)), config=config)
 
 
 if __name__ == "__main__":

@@ -13,8 +13,9 @@ from comfyui_tpu.plan.bundles import BundleError, Loop, Schedule, Span
 from comfyui_tpu.plan.hardware import Topology
 from comfyui_tpu.runtime.errors import PlanError
 
-OURS, JAX_SPLASH = "ours", "jax_splash"
-KERNEL_NAMES = {OURS: "splash_attention", JAX_SPLASH: "splash_mha_fwd_no_residuals"}
+OURS, JAX_SPLASH, TOKAMAX_SPLASH = "ours", "jax_splash", "tokamax_splash"
+PEERS = (JAX_SPLASH, TOKAMAX_SPLASH)
+KERNEL_NAMES = {OURS: "splash_attention", **dict.fromkeys(PEERS, "splash_mha_fwd_no_residuals")}
 EXPONENTIAL, MAXIMUM, CORE = "vpow2", "= vmax.", "/* core id */"
 
 
@@ -35,7 +36,7 @@ class Shape:
 
 @dataclass(frozen=True)
 class SplashBlocks:
-    """Tile of JAX's upstream kernel; ``compute`` is the part of a tile's keys taken at once."""
+    """Tile of a peer's kernel; ``compute`` is the part of a tile's keys taken at once."""
 
     queries: int
     keys: int
@@ -62,7 +63,7 @@ class Job:
 
     @property
     def compiled_shape(self) -> Shape:
-        """What is compiled: JAX's kernel takes whole blocks only."""
+        """What is compiled: the peers take whole blocks only."""
         if self.kernel == OURS:
             return self.shape
         queries, keys = (
@@ -118,7 +119,7 @@ def our_blocks(topology: Topology, shape: Shape) -> Blocks:
 
 
 def splash_candidates(shape: Shape) -> list[SplashBlocks]:
-    """Tiles to try with JAX's kernel: the best found for long sequences on v6e, and ones that leave little padding."""
+    """Tiles to try with a peer's kernel: the best for long sequences on v6e, and ones that leave little padding."""
     wanted = [(2048, 2048), (1024, 2048), (_even(shape.queries, 2048), _even(shape.keys, 2304))]
     tiles = [(min(q, _up(shape.queries)), min(k, _up(shape.keys))) for q, k in wanted]
     return [SplashBlocks(q, k, _part(k)) for q, k in dict.fromkeys(tiles)]
@@ -184,6 +185,8 @@ def _count_splash(job: Job, schedule: Schedule) -> Count:
     ends = _first_and_last(schedule, grid, main) if job.tiles > 1 else ()
     weights, notes = _weights(schedule, {grid: steps}, dict.fromkeys(ends, 1 / job.tiles))
     tile = weights[(grid if ends else main).slice].sum() - sum(weights[end.slice].sum() for end in ends)
+    if ends and ends[0] in main:
+        main = Span(ends[0].stop, ends[1].start)  # tokamax: what is done for every tile has no branch of its own
     shape = job.compiled_shape
     if (shape.queries, shape.keys) != (job.shape.queries, job.shape.keys):
         notes.append(f"padded to {shape.queries} × {shape.keys}; the mask that needs is not counted")
@@ -191,12 +194,13 @@ def _count_splash(job: Job, schedule: Schedule) -> Count:
 
 
 def _first_and_last(schedule: Schedule, grid: Loop, main: Span) -> tuple[Span, Span]:
-    """Where JAX's kernel starts a block of queries and where it ends one, around what it does for every tile."""
+    """Where a peer's kernel starts a block of queries and where it ends one, around what it does for every tile."""
+    exponentials = [at for at in range(main.start, main.stop) if EXPONENTIAL in schedule.bundles[at]]
     branches = [branch for branch in schedule.branches if branch in grid]
-    before = [branch for branch in branches if branch.stop <= main.start]
-    after = [branch for branch in branches if branch.start >= main.stop]
+    before = [branch for branch in branches if branch.stop <= exponentials[0]]
+    after = [branch for branch in branches if branch.start > exponentials[-1]]
     if not before or not after:
-        raise BundleError("expected code for the first, for every and for the last block of keys in JAX's kernel")
+        raise BundleError("expected code for the first, for every and for the last block of keys in a peer's kernel")
     return max(before, key=len), max(after, key=len)
 
 

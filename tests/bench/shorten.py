@@ -1,6 +1,6 @@
 """How the stored dumps were made: compile a tiny shape, keep of each bundle what a reader of schedules looks at.
 
-python -m tests.bench.shorten FOLDER
+python -m tests.bench.shorten FOLDER [KERNEL]  (tokamax_splash where tokamax is installed)
 """
 
 import json
@@ -34,6 +34,7 @@ def _short(bundle: str) -> str:
 
 
 def store(job: Job, folder: Path) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory() as dump:
         command = [sys.executable, "-m", "comfyui_tpu.bench.compile_one"]
         subprocess.run(command, input=json.dumps(job.to_json()), env=environment(dump), text=True, check=True)
@@ -46,5 +47,5 @@ def store(job: Job, folder: Path) -> None:
 
 
 if __name__ == "__main__":
-    for job in JOBS.values():
-        store(job, Path(sys.argv[1]))
+    for kernel in sys.argv[2:] or JOBS:
+        store(JOBS[kernel], Path(sys.argv[1]) / kernel)

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from comfyui_tpu.bench import attention as report_of
 from comfyui_tpu.bench.cli import main
 
 REPOSITORY = Path(__file__).resolve().parents[2]
@@ -50,24 +51,45 @@ def test_the_json_says_what_the_figures_belong_to(report):
 def test_percentages_are_of_useful_work(report):
     """Padding to 512 × 768 is not work; v6e does 524,288 flop a cycle, at head_dim 128 at most two thirds of it."""
     ours = report["rows"][0]
-    share = 4 * 2 * 500 * 700 * 128 / (7431 * 524_288)
+    share = 4 * 2 * 500 * 700 * 128 / (7575 * 524_288)
     assert ours["pct_of_peak"] == round(100 * share, 2)
     assert ours["pct_of_head_dim_bound"] == round(100 * share * 1.5, 2)
 
 
 def test_ratios_are_upstream_over_ours(report):
-    assert report["ratio_to_jax_splash"] == round(25135 / 7431, 3)
-    assert report["ratio_per_tile"] == pytest.approx((513 / 128**2) / (434 / 256**2), abs=1e-3)
-    assert report["ratio_with_surroundings"] == round((25135 + 471) / (7431 + 471), 3)
+    assert report["ratio_to_jax_splash"] == round(25135 / 7575, 3)
+    assert report["ratio_per_tile"] == pytest.approx((513 / 128**2) / (463 / 256**2), abs=1e-3)
+    assert report["ratio_with_surroundings"] == round((25135 + 471) / (7575 + 471), 3)
 
 
 def test_the_table_says_that_it_is_an_estimate(stored, capsys):
     attention()
     printed = capsys.readouterr().out
     assert "Compiler estimate from static schedules: nothing was measured on a TPU." in printed
-    assert "ours        256 × 256    434              7,431" in printed
-    assert f"whole kernel: {round(25135 / 7431, 3)} × JAX splash" in printed
-    assert "XLA's operations around the kernel come on top, 6.3 % of it" in printed  # 471 of 7,431
+    assert "ours        256 × 256    463              7,575" in printed
+    assert f"whole kernel: {round(25135 / 7575, 3)} × JAX splash" in printed
+    assert "XLA's operations around the kernel come on top, 6.2 % of it" in printed  # 471 of 7,575
+
+
+def test_without_tokamax_a_line_says_how_to_get_it(stored, capsys):
+    attention()
+    assert "tokamax is not installed, and so not compared: pip install tokamax" in capsys.readouterr().out
+    attention("--json", "-")
+    report = json.loads(capsys.readouterr().out)
+    assert report["ratio_to_tokamax"] is None
+    assert "tokamax" not in report["versions"]
+
+
+def test_tokamax_is_a_peer_where_it_is_installed(stored, monkeypatch, capsys):
+    monkeypatch.setattr(report_of, "has_tokamax", lambda: True)
+    attention()
+    printed = capsys.readouterr().out
+    assert f"whole kernel: {round(19733 / 7575, 3)} × tokamax's splash" in printed
+    assert "not installed" not in printed
+    attention("--json", "-")
+    report = json.loads(capsys.readouterr().out)
+    assert [row["kernel"] for row in report["rows"]] == ["ours", "jax_splash", "tokamax_splash"]
+    assert report["ratio_to_tokamax"] == round(19733 / 7575, 3)
 
 
 def test_json_to_the_terminal_replaces_the_table(stored, capsys):
@@ -78,7 +100,7 @@ def test_json_to_the_terminal_replaces_the_table(stored, capsys):
 def test_the_fall_back_can_be_counted(stored, capsys):
     attention("--online", "--json", "-")
     report = json.loads(capsys.readouterr().out)
-    assert (report["softmax"], report["rows"][0]["cycles_total"]) == ("online", 12423)
+    assert (report["softmax"], report["rows"][0]["cycles_total"]) == ("online", 12531)
 
 
 def test_a_peer_that_does_not_fit_is_named_and_left_out(stored, capsys):
@@ -146,7 +168,7 @@ def test_a_real_compilation_from_the_command_line(tmp_path):
     )
     assert done.returncode == 0, done.stderr
     report = json.loads((tmp_path / "out.json").read_text())
-    ours, peer = report["rows"]
+    ours, peer = report["rows"][:2]
     # JAX: 2 heads × 3 blocks of queries × 3 tiles; ours takes both heads at once, and the matrix unit at least 1.25
     # cycles for 1024 logits.
     assert (ours["tiles"], peer["tiles"]) == (9, 18)

@@ -6,8 +6,8 @@ import pytest
 
 from comfyui_tpu.bench.kernels import (
     JAX_SPLASH,
-    KERNEL_NAMES,
     OURS,
+    TOKAMAX_SPLASH,
     Job,
     Shape,
     SplashBlocks,
@@ -17,10 +17,10 @@ from comfyui_tpu.bench.kernels import (
     splash_candidates,
 )
 from comfyui_tpu.ops.splash_blocks import Blocks
-from comfyui_tpu.plan.bundles import BundleError, read
+from comfyui_tpu.plan.bundles import BundleError
 from comfyui_tpu.plan.hardware import parse
 from tests.bench.made import BRANCH, Made
-from tests.bench.stored import DUMPS, JOBS
+from tests.bench.stored import JOBS, schedule
 
 EXP, MAX = "%1 = vpow2.f32 %2", "%1 = vmax.f32 %2"
 SHAPE = Shape(heads=3, queries=1000, keys=1500, head_dim=128)
@@ -125,7 +125,7 @@ def test_a_grid_of_one_step_has_no_loop():
 def test_a_grid_of_other_steps_is_refused():
     other = dataclasses.replace(JOBS[OURS], shape=dataclasses.replace(JOBS[OURS].shape, heads=4))
     with pytest.raises(BundleError, match="expected 8 steps of the grid, its loop runs 6 times"):
-        count(other, read(DUMPS, KERNEL_NAMES[OURS]))
+        count(other, schedule(OURS))
 
 
 def test_a_schedule_without_a_bounded_softmax_is_refused():
@@ -153,22 +153,51 @@ def test_jax_splash_starts_and_ends_a_block_of_queries_once():
     assert counted.total == 2 + 3 * 2 * (3 * tile + 7 + 20)
 
 
+def tokamax(made):
+    """A step of its kernel is JAX's, but that what is done for every tile has no branch of its own."""
+    step = made.branch(made.plain(7)) + made.plain(90, EXP) + made.branch(made.plain(20))
+    return made.schedule(made.plain(2) + made.loop(made.plain(1) + made.branch(step), None))
+
+
+def test_tokamax_starts_and_ends_a_block_of_queries_once():
+    job = dataclasses.replace(SPLASH, kernel=TOKAMAX_SPLASH)
+    counted = count(job, tokamax(Made()))
+    tile = AROUND + 2 * (BRANCH + 1) + 90
+    assert counted.tile == tile
+    assert counted.total == 2 + 3 * 2 * (3 * tile + 7 + 20)
+    assert counted.utilisation["EUP"] == pytest.approx(90 / (90 + 1 + BRANCH))  # between its two branches
+
+
+def test_a_peer_of_another_number_of_steps_is_refused():
+    other = dataclasses.replace(JOBS[TOKAMAX_SPLASH], shape=dataclasses.replace(JOBS[OURS].shape, heads=4))
+    with pytest.raises(BundleError, match="expected 96 steps of the grid, its loop runs 50 times"):
+        count(other, schedule(TOKAMAX_SPLASH))
+
+
+def test_a_peer_without_an_end_of_a_block_of_queries_is_refused():
+    made = Made()
+    step = made.branch(made.plain(7)) + made.plain(90, EXP)
+    with pytest.raises(BundleError, match="for the last block of keys in a peer's kernel"):
+        count(SPLASH, made.schedule(made.plain(2) + made.loop(made.plain(1) + made.branch(step), None)))
+
+
 def test_padding_is_said():
     assert any("1024 × 1536" in note for note in count(SPLASH, splash(Made())).notes)
     whole = dataclasses.replace(SPLASH, shape=Shape(3, 1024, 1536, 64))
     assert count(whole, splash(Made())).notes == ()
 
 
-def test_stored_dumps_of_both_kernels():
+def test_stored_dumps_of_all_kernels():
     """As they were when they were stored; schedules that are counted by hand are above."""
-    found = {name: count(job, read(DUMPS, KERNEL_NAMES[name])) for name, job in JOBS.items()}
-    assert (found[OURS].tile, found[OURS].total) == (434, 7431)
+    found = {name: count(job, schedule(name)) for name, job in JOBS.items()}
+    assert (found[OURS].tile, found[OURS].total) == (463, 7575)
     assert (found[JAX_SPLASH].tile, found[JAX_SPLASH].total) == (513, 25135)
-    assert count(JOBS[OURS], read(DUMPS, KERNEL_NAMES[OURS]), online=True).total == 12423
+    assert (found[TOKAMAX_SPLASH].tile, found[TOKAMAX_SPLASH].total) == (401, 19733)
+    assert count(JOBS[OURS], schedule(OURS), online=True).total == 12531
 
 
 def test_copies_within_vmem_are_said():
-    notes = count(JOBS[OURS], read(DUMPS, KERNEL_NAMES[OURS])).notes
+    notes = count(JOBS[OURS], schedule(OURS)).notes
     assert any("VMEM" in note and "bf16[1,704,256]" in note for note in notes)
 
 
