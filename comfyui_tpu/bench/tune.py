@@ -74,13 +74,13 @@ def _limits(rows: list[dict[str, Any]], head_dim: int) -> str | None:
         f"keys={max(each['block_kv'] for each in alike)}, "
         f"area={max(each['block_q'] * each['block_kv'] for each in alike)}, columns={columns}, "
         f"slices=({best['slice']},), ahead={best['ahead']}, behind={best['behind']}, step={columns or 256}, "
-        f"cycles={cycles:.3f}, part_cycles={part_cycles:.0f}),"
+        f"cycles={cycles:.3f}, part_cycles={part_cycles:.0f}, vmem_mib={best['vmem_mib']}, least=0),"
     )
 
 
 def _cut(blocks: dict[str, Any]) -> tuple[Any, ...]:
     whole = blocks["columns"] == blocks["queries"]
-    return (None if whole else blocks["columns"], blocks["slice"], blocks["ahead"], blocks["behind"])
+    return (None if whole else blocks["columns"], *(blocks[name] for name in ("slice", "ahead", "behind", "vmem_mib")))
 
 
 def _costs(rows: list[dict[str, Any]], together: int = 1) -> tuple[float, float]:

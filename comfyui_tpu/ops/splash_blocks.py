@@ -60,6 +60,8 @@ class Limits:
         step: queries come in multiples of it (the width of the matrix unit).
         cycles: of 1024 logits, when nothing else is in the way.
         part_cycles: what each part of the pipeline costs besides (the matrix unit changes operands).
+        vmem_mib: as in :class:`Blocks`.
+        least: how many queries and keys there have to be.
     """
 
     queries: int
@@ -72,27 +74,38 @@ class Limits:
     step: int
     cycles: float
     part_cycles: float
+    vmem_mib: int | None = None
+    least: int = 0
 
 
 # On the 256-wide matrix units of v6e and v7x, parts of 256 × 256 hide the loading of weights behind streaming keys
 # where a head is 64 deep; at 128 that loading costs nothing, and whole rows of queries change operands least often.
 _WIDE = {
-    64: Limits(1536, 3072, 5 * 2**19, 256, (256,), 4, 2, 256, 1.25, 6),
-    128: Limits(3072, 4608, 11 * 2**20, None, (512, 256), 1, 1, 256, 1.5, 100),
-    256: Limits(1536, 2048, 4 * 2**20, None, (512, 256), 1, 1, 256, 2.5, 100),
+    64: (Limits(1536, 3072, 5 * 2**19, 256, (256,), 4, 2, 256, 1.25, 6),),
+    128: (Limits(3072, 4608, 11 * 2**20, None, (512, 256), 1, 1, 256, 1.5, 100),),
+    256: (Limits(1536, 2048, 4 * 2**20, None, (512, 256), 1, 1, 256, 2.5, 100),),
 }
+# v6e has 128 MiB of vector memory: some of them let long sequences be cut in fewer pieces, each of which costs time.
+# That code takes the compiler twice as long.
+_LARGE = Limits(6912, 2048, 27 * 2**19, None, (512,), 1, 1, 256, 1.5, 170, vmem_mib=56, least=32_000)
 # v4, v5e and v5p: 128-wide units and 16 MiB of scoped VMEM.
 _NARROW = {
-    64: Limits(768, 2048, 3 * 2**19, 256, (512, 256), 1, 1, 256, 2.6, 60),
-    128: Limits(1024, 2048, 2 * 2**20, None, (512, 256), 1, 1, 128, 5.3, 100),
-    256: Limits(512, 1024, 2**19, None, (256,), 1, 1, 128, 10.5, 100),
+    64: (Limits(768, 2048, 3 * 2**19, 256, (512, 256), 1, 1, 256, 2.6, 60),),
+    128: (Limits(1024, 2048, 2 * 2**20, None, (512, 256), 1, 1, 128, 5.3, 100),),
+    256: (Limits(512, 1024, 2**19, None, (256,), 1, 1, 128, 10.5, 100),),
 }
-TABLE = {"v4": _NARROW, "v5e": _NARROW, "v5p": _NARROW, "v6e": _WIDE, "v7x": _WIDE}
+TABLE = {
+    "v4": _NARROW,
+    "v5e": _NARROW,
+    "v5p": _NARROW,
+    "v6e": {**_WIDE, 128: (*_WIDE[128], _LARGE)},
+    "v7x": _WIDE,
+}
 SAFE = "v5e"  # for a generation that the table lacks: fits everywhere
 
 # Cycles of starting and ending a tile, and of starting and ending a block of queries, per query.
 _TILE_CYCLES = 150
-_QUERY_CYCLES = 0.65
+_QUERY_CYCLES = 0.55
 
 
 @functools.lru_cache(maxsize=256)
@@ -105,13 +118,19 @@ def fit(generation: str, queries: int, keys: int, head_dim: int, itemsize: int =
         head_dim: after padding: 64 or a multiple of 128. Beyond 256 the kernel is not offered.
         itemsize: bytes of an element; 4-byte elements take half the queries.
     """
-    limits = _limits(generation, head_dim, itemsize)
+    return _best(generation, queries, keys, head_dim, itemsize)[0]
+
+
+def _best(generation: str, queries: int, keys: int, head_dim: int, itemsize: int) -> tuple[Blocks, float]:
+    """The tile and what :func:`_cycles` says of it."""
     together = heads_together(head_dim)
-
-    def costs(blocks: Blocks) -> tuple[float, int]:
-        return _cycles(blocks, limits, queries, keys, together), -blocks.queries
-
-    return min(_candidates(limits), key=costs)
+    costs = [
+        (_cycles(blocks, limits, queries, keys, together), -blocks.queries, blocks)
+        for limits in _limits(generation, min(queries, keys), head_dim, itemsize)
+        for blocks in _candidates(limits)
+    ]
+    cycles, _, blocks = min(costs, key=lambda cost: cost[:2])
+    return blocks, cycles
 
 
 def estimated_cycles(generation: str, heads: int, queries: int, keys: int, head_dim: int) -> float:
@@ -120,9 +139,8 @@ def estimated_cycles(generation: str, heads: int, queries: int, keys: int, head_
     The model follows the bundle counts of ``python -m comfyui_tpu.bench attention`` (docs/attention.md says how well).
     """
     head_dim = padded_head_dim(head_dim)
-    blocks = fit(generation, queries, keys, head_dim)
-    programs = math.ceil(heads / heads_together(head_dim))
-    return programs * _cycles(blocks, _limits(generation, head_dim, 2), queries, keys, heads_together(head_dim))
+    _, cycles = _best(generation, queries, keys, head_dim, 2)
+    return math.ceil(heads / heads_together(head_dim)) * cycles
 
 
 def padded_head_dim(width: int) -> int:
@@ -135,12 +153,15 @@ def heads_together(head_dim: int) -> int:
     return 2 if head_dim == 64 else 1
 
 
-def _limits(generation: str, head_dim: int, itemsize: int) -> Limits:
+def _limits(generation: str, length: int, head_dim: int, itemsize: int) -> list[Limits]:
     rows = TABLE.get(generation, TABLE[SAFE])
     if head_dim > max(rows):
         raise ValueError(f"the attention kernel is made for head_dim up to {max(rows)}; got {head_dim}")
-    limits = rows[next(width for width in sorted(rows) if head_dim <= width)]
-    return replace(limits, queries=limits.queries // 2, area=limits.area // 2) if itemsize > 2 else limits
+    found = rows[next(width for width in sorted(rows) if head_dim <= width)]
+    found = [limits for limits in found if length >= limits.least]
+    if itemsize <= 2:
+        return found
+    return [replace(limits, queries=limits.queries // 2, area=limits.area // 2) for limits in found]
 
 
 def _candidates(limits: Limits) -> Iterator[Blocks]:
@@ -148,7 +169,7 @@ def _candidates(limits: Limits) -> Iterator[Blocks]:
         for size in limits.slices:
             for keys in range(size, min(limits.keys, limits.area // queries) + 1, size):
                 columns = limits.columns or queries
-                yield Blocks(queries, keys, columns, size, limits.ahead, limits.behind)
+                yield Blocks(queries, keys, columns, size, limits.ahead, limits.behind, limits.vmem_mib)
 
 
 def _cycles(blocks: Blocks, limits: Limits, queries: int, keys: int, together: int) -> float:

@@ -207,6 +207,17 @@ def test_a_tile_wastes_little(generation, head_dim, lengths):
         assert padded < max(length * 1.1, length + step)
 
 
+def test_more_vector_memory_is_asked_for_where_there_is_more_and_sequences_are_long():
+    asked = {name: fit(name, 75600, 75600, 128).vmem_mib for name in TABLE}
+    assert asked == {"v4": None, "v5e": None, "v5p": None, "v6e": 56, "v7x": None}
+    assert [fit("v6e", *lengths, 128).vmem_mib for lengths in ((9450, 9450), (75600, 512), (32760, 32760))] == [
+        None,
+        None,
+        56,
+    ]
+    assert fit("v6e", 75600, 75600, 64).vmem_mib is None
+
+
 def test_a_head_too_wide_for_the_kernel_is_refused():
     with pytest.raises(ValueError, match="up to 256; got 384"):
         fit("v6e", 1024, 1024, 384)
