@@ -144,6 +144,16 @@ class ComfyServer:
         with urllib.request.urlopen(self.url + path, timeout=30) as answer:
             return answer.read()
 
+    def release(self, seconds: float = 15) -> None:
+        """Unload all models before the next prompt: the worker, free, may take up a prompt before it unloads.
+
+        Where nothing is held there is nothing to wait for, which takes all of ``seconds``.
+        """
+        before, deadline = len(self.log()), time.monotonic() + seconds
+        self.post("/free", {"unload_models": True, "free_memory": True})
+        while "of device memory" not in self.log()[before:] and time.monotonic() < deadline:
+            time.sleep(0.1)
+
     def post(self, path: str, body: dict) -> bytes:
         request = urllib.request.Request(
             self.url + path, json.dumps(body).encode(), {"Content-Type": "application/json"}

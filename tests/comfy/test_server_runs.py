@@ -72,7 +72,7 @@ def test_the_demo_makes_the_video_and_shows_what_it_does(server, demo):
 
 
 def test_a_first_run_shows_compiling_and_loading_before_the_steps(server, nodes):
-    server.post("/free", {"unload_models": True, "free_memory": True})
+    server.release()
     only_sampler(nodes)
     # The one run of this session with k_smooth: its program is not compiled yet.
     nodes[SAMPLER]["inputs"].update(num_inference_steps=2, k_smooth=True)

@@ -74,7 +74,7 @@ def latents_of(server, prompt, node_id=SAMPLER, **changes):
 
 
 def test_the_demo_makes_a_video_of_an_uploaded_picture_and_shows_what_it_does(server, i2v_demo):
-    server.post("/free", {"unload_models": True, "free_memory": True})  # the experts' loading is to be seen
+    server.release()  # the experts' loading is to be seen
     done = run(server, i2v_demo)
 
     (saved,) = done.outputs[SAVE]["images"]
@@ -230,7 +230,7 @@ def test_free_releases_both_experts_and_the_next_prompt_loads_them_again(server,
     run(server, sampling)
     before = len(server.log())
     # The node cache goes too: the same prompt must run again.
-    server.post("/free", {"unload_models": True, "free_memory": True})
+    server.release()
     done = run(server, sampling)
     released = re.search(r"Released ([\d.]+) MiB of device memory", server.log()[before:])
     assert released is not None
