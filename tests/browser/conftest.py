@@ -34,6 +34,7 @@ CHROMIUM_FLAGS = [
     "--disable-component-update",
     "--disable-sync",
 ]
+WINDOW = {"width": 1400, "height": 850}
 LOAD_MS = 60_000
 # How long a test waits for what it expects. Much more than it takes: no test may depend on the machine being quick.
 PATIENCE_MS = 30_000
@@ -177,7 +178,7 @@ def open_page(browser, site) -> Iterator[Callable[..., Page]]:
     contexts = []
 
     def open_(errors: Errors | None = None, before: Callable[[Page], None] = lambda page: None, **options) -> Page:
-        contexts.append(browser.new_context(viewport={"width": 1400, "height": 850}, **options))
+        contexts.append(browser.new_context(viewport=WINDOW, **options))
         page = contexts[-1].new_page()
         if errors is not None:
             errors.watch(page)

@@ -178,22 +178,14 @@ def test_the_demos_show_their_videos_on_the_node(rendered, vue, site, shot):
 
 
 @pytest.fixture
-def another_page(kitchen, open_page) -> Iterator[Page]:
-    """Closed after the test: a page that stays open goes on asking the server for samples."""
-    page = open_page()
-    yield page
-    page.context.close()
-
-
-@pytest.fixture
 def pinned_frontend(site) -> None:
     if site.frontend != frontends.PINNED:
         pytest.skip("made in one frontend: it takes two videos")
 
 
-def test_the_comparator_lists_what_was_changed_since_an_earlier_video(pinned_frontend, another_page, shot):
+def test_the_comparator_lists_what_was_changed_since_an_earlier_video(pinned_frontend, own_page, shot):
     """As the example's note says: run, choose the video, change the seed, run."""
-    name, page = "combined_video_metadata_demo", another_page
+    name, page = "combined_video_metadata_demo", own_page
     examples.open_example(page, name)
     examples.press_run(page)
     examples.wait_until_shown(page, name, "video", 256, 256)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import os
+import re
 import signal
 import socket
 import struct
@@ -144,15 +145,23 @@ class ComfyServer:
         with urllib.request.urlopen(self.url + path, timeout=30) as answer:
             return answer.read()
 
-    def release(self, seconds: float = 15) -> None:
+    def release(self, seconds: float = 15, free_memory: bool = True) -> float:
         """Unload all models before the next prompt: the worker, free, may take up a prompt before it unloads.
 
-        Where nothing is held there is nothing to wait for, which takes all of ``seconds``.
+        Args:
+            seconds: how long to wait at most, which is what it takes where nothing is held.
+            free_memory: empty the cache of nodes' results too, so that the same prompt runs again.
+
+        Returns:
+            MiB of device memory that were released; 0 where none were in time.
         """
         before, deadline = len(self.log()), time.monotonic() + seconds
-        self.post("/free", {"unload_models": True, "free_memory": True})
-        while "of device memory" not in self.log()[before:] and time.monotonic() < deadline:
+        self.post("/free", {"unload_models": True, "free_memory": free_memory})
+        while time.monotonic() < deadline:
+            if released := re.search(r"Released ([\d.]+) MiB of device memory", self.log()[before:]):
+                return float(released[1])
             time.sleep(0.1)
+        return 0.0
 
     def post(self, path: str, body: dict) -> bytes:
         request = urllib.request.Request(

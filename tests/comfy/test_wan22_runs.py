@@ -228,13 +228,9 @@ def test_cancel_during_the_second_expert_stops_and_the_next_prompt_works(server,
 
 def test_free_releases_both_experts_and_the_next_prompt_loads_them_again(server, sampling):
     run(server, sampling)
-    before = len(server.log())
     # The node cache goes too: the same prompt must run again.
-    server.release()
+    assert server.release(120) > 0
     done = run(server, sampling)
-    released = re.search(r"Released ([\d.]+) MiB of device memory", server.log()[before:])
-    assert released is not None
-    assert float(released[1]) > 0
     texts = done.texts_of(SAMPLER)
     for name in ("transformer", "transformer_2"):
         assert any(text.startswith(f"loading {name} ") for text in texts)

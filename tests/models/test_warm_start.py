@@ -4,18 +4,14 @@ Timed is what a sampler waits for besides loading weights: from asking the trans
 (tracing, lowering, reading the executable). Starting Python and importing torch and JAX is not in it.
 """
 
-import json
-import os
-import subprocess
-import sys
 import textwrap
 from pathlib import Path
 
 import pytest
 
 from tests.checkpoints import write
+from tests.comfy.script import printed
 
-REPOSITORY = Path(__file__).resolve().parents[2]
 WARM_SECONDS = 5.0
 
 # Prints: seconds until the transformer's program was ready, how often the cache had and lacked a program, the latents.
@@ -51,16 +47,11 @@ PROCESS = textwrap.dedent("""
 def started(cache: Path, family: str, folder: Path) -> dict:
     """What a process of its own reports, with its compile cache in ``cache``."""
     environment = {
-        **os.environ,
-        "PYTHONPATH": str(REPOSITORY),
         "COMFYUI_TPU_CACHE": str(cache),
         # JAX keeps what took longer than a second. How long the tiny programs take depends on the machine.
         "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
     }
-    command = [sys.executable, "-c", PROCESS, family, str(folder)]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300, cwd=cache)
-    assert done.returncode == 0, done.stderr
-    return json.loads(done.stdout.splitlines()[-1])
+    return printed(PROCESS, cache, family, str(folder), seconds=300, environment=environment)
 
 
 @pytest.mark.parametrize(("family", "checkpoint"), [("wan", "wan21-tiny"), ("flux2", "flux2-tiny")])

@@ -9,6 +9,7 @@ from comfyui_tpu.monitor import chips as module
 from comfyui_tpu.monitor.chips import HBM_TOTAL, HBM_USAGE, RuntimeMetrics, _Hardware, ports
 from comfyui_tpu.monitor.sample import Chip
 from tests.monitor.metrics_server import DUTY_CYCLE, GIB, FakeChip, MetricsServer
+from tests.monitor.waiting import read_until
 
 
 @pytest.fixture
@@ -23,14 +24,6 @@ def reader():
     yield make
     for each in made:
         each.close()
-
-
-def read_until(reader: RuntimeMetrics, condition, seconds: float = 60.0):
-    deadline = time.monotonic() + seconds
-    while not condition(found := reader.read()):
-        assert time.monotonic() < deadline, found
-        time.sleep(0.05)
-    return found
 
 
 @pytest.mark.parametrize("count", [1, 8, 256])

@@ -1,5 +1,6 @@
 """TensorCore utilisation comes from a process of its own, which may be missing, slow or dead."""
 
+import functools
 import subprocess
 import sys
 import time
@@ -10,9 +11,11 @@ import pytest
 from comfyui_tpu.monitor import tensorcore
 from comfyui_tpu.monitor.chips import RuntimeMetrics
 from comfyui_tpu.monitor.tensorcore import SDK, TensorCores
+from tests.monitor import waiting
 from tests.monitor.metrics_server import FakeChip, MetricsServer
 
 FAKE = "tests.monitor.fake_sdk"
+read_until = functools.partial(waiting.read_until, seconds=100.0)  # a helper process starts first
 
 
 @pytest.fixture
@@ -34,14 +37,6 @@ def path(monkeypatch, tmp_path):
     repository = str(tensorcore.__file__).rsplit("/", 3)[0]
     monkeypatch.setenv("PYTHONPATH", f"{tmp_path}:{repository}")
     return tmp_path
-
-
-def read_until(cores: TensorCores, condition, seconds: float = 100.0):
-    deadline = time.monotonic() + seconds
-    while not condition(found := cores.read()):
-        assert time.monotonic() < deadline, found
-        time.sleep(0.05)
-    return found
 
 
 def test_utilization_reaches_the_chips(path, monkeypatch):
