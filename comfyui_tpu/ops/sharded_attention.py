@@ -268,29 +268,49 @@ def _minus_mean(key, keys):
 
 
 def _tokens_for_heads(x, exchange):
-    """All heads of one shard of tokens → some heads of the group's tokens; zero heads fill up what does not divide.
-
-    What is exchanged is the leading axis, in both directions: XLA then copies the array once, on the side where heads
-    lie in lanes. On the other side tokens of one device follow those of another as they are. The copies are written as
-    a stack of lanes and as lanes side by side: given a transposition, XLA copies twice.
-    """
+    """All heads of one shard of tokens → some heads of the group's tokens; zero heads fill up what does not divide."""
     if exchange == 1:
         return x
-    x = pad_to_multiple(x, 2, exchange)[0]
-    heads = jnp.split(x.reshape(len(x), -1), exchange, axis=1)
-    return _exchange(jnp.stack(heads)).reshape(1, -1, x.shape[1] // exchange, x.shape[2])
+    x = pad_to_multiple(x, 2, exchange)
+    flat, heads = x.reshape(x.shape[1], -1), x.shape[2] // exchange
+    tokens, width = x.shape[1], flat.shape[1] // exchange
+    cut = lambda device: jax.lax.dynamic_slice_in_dim(flat, device * width, width, axis=1)  # noqa: E731
+    put = lambda out, part, device: jax.lax.dynamic_update_slice_in_dim(out, part, device * tokens, axis=0)  # noqa: E731
+    out = _exchanged(exchange, cut, put, jax.lax.empty((exchange * tokens, width), x.dtype))
+    return out.reshape(1, -1, heads, x.shape[3])
 
 
 def _heads_for_tokens(x, exchange):
     """The way back, zero heads still at the end."""
     if exchange == 1:
         return x
-    shards = _exchange(x.reshape(exchange, x.shape[1] // exchange, -1))
-    return jnp.concatenate(list(shards), axis=1).reshape(1, shards.shape[1], -1, x.shape[3])
+    flat, tokens = x.reshape(x.shape[1], -1), x.shape[1] // exchange
+    width = flat.shape[1]
+    cut = lambda device: jax.lax.dynamic_slice_in_dim(flat, device * tokens, tokens, axis=0)  # noqa: E731
+    put = lambda out, part, device: jax.lax.dynamic_update_slice_in_dim(out, part, device * width, axis=1)  # noqa: E731
+    out = _exchanged(exchange, cut, put, jax.lax.empty((tokens, exchange * width), x.dtype))
+    return out.reshape(1, tokens, -1, x.shape[3])
 
 
-def _exchange(x):
-    return jax.lax.all_to_all(x, "heads", split_axis=0, concat_axis=0, tiled=True)
+def _exchanged(devices, cut, put, out):
+    """What an all-to-all does, one permutation for each distance within the group.
+
+    Each takes its part out of the array and puts it where it belongs. XLA runs permutations beside the computation,
+    which it does not do with an all-to-all; and an all-to-all wants its parts along an axis of their own, which lanes
+    have to be copied for.
+
+    Args:
+        cut: device → the part for it.
+        put: array, part, device that it came from → the array with that part.
+        out: the array to fill.
+    """
+    here = jax.lax.axis_index("heads")
+    for distance in range(devices):
+        part = cut(jax.lax.rem(here + distance, devices))
+        if distance:
+            part = jax.lax.ppermute(part, "heads", [(i, (i + distance) % devices) for i in range(devices)])
+        out = put(out, part, jax.lax.rem(here + devices - distance, devices))
+    return out
 
 
 def _round_the_ring(query, key, value, keys, ring, local):

@@ -10,11 +10,11 @@ from __future__ import annotations
 import dataclasses
 import re
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from comfyui_tpu.plan import hlo
-from comfyui_tpu.plan.hardware import Topology, collective_seconds
+from comfyui_tpu.plan.hardware import HOP_SECONDS, Topology, collective_seconds
 
 MATMUL, ATTENTION, ELEMENTWISE, RELAYOUT, COLLECTIVES = "matmul", "attention", "elementwise", "relayout", "collectives"
 CATEGORIES = (MATMUL, ATTENTION, ELEMENTWISE, RELAYOUT, COLLECTIVES)
@@ -35,9 +35,11 @@ _MOVES |= {"concatenate", "gather", "reverse", "bitcast-convert", "copy-start", 
 _COPIES = {"copy", "reshape", "transpose", "concatenate"}
 _READS_A_PART = {"dynamic-slice", "slice", "gather"}
 _CALLS = ("while", "call", "conditional")
+# Generic names for what runs beside the computation, and the attribute that says what does.
+_STARTS = {"async-start": "calls", "call-start": "to_apply"}
 _KERNEL = "tpu_custom_call"
 _NORMS = ("layer_norm_", "rms_norm_")  # how the names of the kernels in ops/row_kernels.py begin
-_HBM, _LINKS = "hbm", "links"
+_HBM = "hbm"
 _ATTENTION_FILES = r"/comfyui_tpu/ops/[a-z_]*(attention|splash)[a-z_]*\.py$"
 # Between a model's own line and the operation lie lines of torch, torchax and JAX, which say little.
 _MODEL_PACKAGES = ("/diffusers/", "/transformers/", "/comfyui_tpu/models/")
@@ -115,44 +117,65 @@ def no_kernels(instruction: hlo.Instruction) -> float | None:
     return None
 
 
-def read(module: hlo.Module, topology: Topology, kernel_cycles: KernelCycles = no_kernels) -> Cost:
+def read(
+    module: hlo.Module,
+    topology: Topology,
+    kernel_cycles: KernelCycles = no_kernels,
+    devices: Sequence[int] | None = None,
+) -> Cost:
     """The cost of one call of ``module`` on one chip of ``topology``.
 
     Args:
         kernel_cycles: cycles of one execution of a Pallas kernel (a ``tpu_custom_call``); None if unknown. Then its
             own cost estimate counts, at the matmul peak.
+        devices: the program's devices in the order of its mesh, as numbers in the topology's list; that list when None.
     """
-    return _Reader(module, topology, kernel_cycles).computation(module.entry)
+    devices = range(topology.devices) if devices is None else devices
+    return _Reader(module, topology, kernel_cycles, devices).computation(module.entry)
 
 
 class _Schedule:
-    """The time on a chip, in cycles, and the transfers beside the computation; those of one kind follow one another.
+    """The time on a chip, in cycles, and the transfers beside the computation.
 
-    Permutations that go different ways use different links: each way is a kind of its own.
+    Transfers that take the same resource follow one another there: the memory's bandwidth, and each direction of each
+    link between chips.
     """
 
     def __init__(self) -> None:
         self.now = 0.0
-        self._free_at: dict[str, float] = {}
+        self._free_at: dict[Hashable, float] = {}
         self._ready_at: dict[str, float] = {}
 
-    def start(self, name: str, resource: str, duration: float) -> None:
-        """A transfer called ``name`` begins as soon as its resource is free."""
-        begin = max(self.now, self._free_at.get(resource, 0.0))
-        self._free_at[resource] = self._ready_at[name] = begin + duration
+    def start(self, name: str, transfer: _Transfer) -> None:
+        """A transfer called ``name`` begins on each of its resources as soon as that is free."""
+        for resource, duration in transfer.takes.items():
+            self._free_at[resource] = max(self.now, self._free_at.get(resource, 0.0)) + duration
+        last = max((self._free_at[resource] for resource in transfer.takes), default=self.now)
+        self._ready_at[name] = last + transfer.latency
 
     def wait_for(self, names: tuple[str, ...]) -> float:
         """How long until the transfer among ``names`` is done."""
         return max((max(0.0, self._ready_at.pop(name, 0.0) - self.now) for name in names), default=0.0)
 
 
+@dataclass(frozen=True)
+class _Transfer:
+    """For how many cycles a transfer takes each resource, and how many pass until the last of it arrives."""
+
+    takes: Mapping[Hashable, float]
+    latency: float = 0.0
+
+
 class _Reader:
     """Walks computations in the order in which the compiler scheduled them."""
 
-    def __init__(self, module: hlo.Module, topology: Topology, kernel_cycles: KernelCycles):
+    def __init__(
+        self, module: hlo.Module, topology: Topology, kernel_cycles: KernelCycles, devices: Sequence[int]
+    ) -> None:
         self.module = module
         self.topology = topology
         self.kernel_cycles = kernel_cycles
+        self.devices = devices
 
     def computation(self, name: str) -> Cost:
         instructions = self.module.computations.get(name, ())
@@ -167,26 +190,28 @@ class _Reader:
                 cost.add(inner, times)
                 schedule.now += inner.cycles * times
                 continue
-            cycles = self._cycles(instruction, schedule, cost)
+            cycles = self._cycles(instruction, shapes, schedule, cost)
             schedule.now += cycles
             if cycles > 0:
-                cost.operations.append(self._operation(instruction, cycles))
+                cost.operations.append(self._operation(instruction, shapes, cycles))
         return cost
 
-    def _cycles(self, instruction: hlo.Instruction, schedule: _Schedule, cost: Cost) -> float:
+    def _cycles(
+        self, instruction: hlo.Instruction, shapes: dict[str, hlo.Instruction], schedule: _Schedule, cost: Cost
+    ) -> float:
         """How long the chip is busy with an instruction, or waits for it."""
         if instruction.opcode.endswith("-done"):
             return schedule.wait_for(instruction.operands)
-        transfer = self._transfer(instruction)
-        if transfer is None:
-            return self._compute(instruction, cost)
-        resource, duration = transfer
-        if resource.startswith(_LINKS):
-            cost.collective_bytes += self._payload(instruction)
-        if not instruction.opcode.endswith("-start"):
-            return duration
-        schedule.start(instruction.name, resource, duration)
-        return 0.0
+        beside = instruction.opcode.endswith("-start")
+        if (collective := self._collective(instruction)) is not None:
+            cost.collective_bytes += self._payload(collective, self.topology.devices)
+            transfer = self._over_links(collective)
+        elif beside:
+            transfer = self._copy(instruction)
+        else:
+            return self._compute(instruction, shapes, cost)
+        schedule.start(instruction.name, transfer)
+        return 0.0 if beside else schedule.wait_for((instruction.name,))
 
     def _inner(self, instruction: hlo.Instruction, cost: Cost) -> tuple[Cost, int]:
         """The computation that a loop, call or branch runs, and how often."""
@@ -200,34 +225,49 @@ class _Reader:
         names = names or (*instruction.called("true_computation"), *instruction.called("false_computation"))
         return max(map(self.computation, names), key=lambda branch: branch.cycles), 1
 
-    def _transfer(self, instruction: hlo.Instruction) -> tuple[str, float] | None:
-        """(resource, cycles) of a collective or of a copy beside the computation; None for anything else."""
-        opcode, clock = self._collective_kind(instruction), self.topology.generation.clock
-        if opcode.startswith(_COLLECTIVES):
-            grid = self.topology.grid_of(instruction.group(self.topology.devices))
-            way = str(instruction.group(2)) if opcode.startswith("collective-permute") else ""
-            seconds = collective_seconds(opcode, self._payload(instruction), grid, self.topology)
-            return _LINKS + way, clock * seconds
-        if opcode.endswith("-start"):
-            return _HBM, clock * instruction.moved() / self.topology.generation.hbm_bandwidth
+    def _copy(self, instruction: hlo.Instruction) -> _Transfer:
+        """A copy between HBM and vector memory."""
+        generation = self.topology.generation
+        return _Transfer({_HBM: generation.clock * instruction.moved() / generation.hbm_bandwidth})
+
+    def _over_links(self, collective: hlo.Instruction) -> _Transfer:
+        """A permutation takes the links on its devices' ways; any other collective all links, as long as it lasts."""
+        clock, payload = self.topology.generation.clock, self._payload(collective, self.topology.devices)
+        if collective.opcode.startswith("collective-permute"):
+            routes = [self.topology.route(*(self.devices[each] for each in pair)) for pair in collective.pairs()]
+            passing = Counter(link for route in routes for link in route)
+            one = clock * payload / self.topology.generation.link_bandwidth
+            latency = clock * HOP_SECONDS * max(map(len, routes), default=0)
+            return _Transfer({link: times * one for link, times in passing.items()}, latency)
+        grid = self.topology.grid_of([self.devices[each] for each in collective.group(self.topology.devices)])
+        duration = clock * collective_seconds(collective.opcode, payload, grid, self.topology)
+        return _Transfer(dict.fromkeys(self.topology.links, duration))
+
+    @staticmethod
+    def _payload(collective: hlo.Instruction, devices: int) -> int:
+        """Bytes of the largest of a chip's operand and result in a collective."""
+        result = collective.largest_array()
+        return result * len(collective.group(devices)) if collective.opcode == "reduce-scatter" else result
+
+    def _collective(self, instruction: hlo.Instruction) -> hlo.Instruction | None:
+        """The collective that an instruction is or starts; None if it does neither.
+
+        Those that run beside the computation under a generic name, on the TensorCore (``async-start``) or on a
+        SparseCore (``call-start``), stand in a computation of their own.
+        """
+        if instruction.opcode.startswith(_COLLECTIVES):
+            return instruction
+        if instruction.opcode not in _STARTS:
+            return None
+        for name in instruction.called(_STARTS[instruction.opcode]):
+            for inner in self.module.computations.get(name, ()):
+                if (found := self._collective(inner)) is not None:
+                    return found
         return None
 
-    def _payload(self, instruction: hlo.Instruction) -> int:
-        """Bytes of the largest of a chip's operand and result in a collective."""
-        result = instruction.largest_array()
-        scatters = self._collective_kind(instruction) == "reduce-scatter"
-        return result * len(instruction.group(self.topology.devices)) if scatters else result
-
-    def _collective_kind(self, instruction: hlo.Instruction) -> str:
-        """The opcode; of a generic ``async-start`` that of what it starts."""
-        if instruction.opcode != "async-start":
-            return instruction.opcode
-        called = self.module.computations.get((instruction.called("calls") or ("",))[0], ())
-        return next((i.opcode for i in called if i.opcode not in _FREE), instruction.opcode)
-
-    def _compute(self, instruction: hlo.Instruction, cost: Cost) -> float:
+    def _compute(self, instruction: hlo.Instruction, shapes: dict[str, hlo.Instruction], cost: Cost) -> float:
         if instruction.custom_call_target != _KERNEL:
-            return instruction.estimated_cycles or self._moved(instruction)
+            return instruction.estimated_cycles or self._moved(instruction, shapes)
         cycles = self.kernel_cycles(instruction)
         if cycles is not None:
             return cycles
@@ -238,18 +278,28 @@ class _Reader:
         cost.kernels_at_peak[instruction.kernel_name] += 1
         return flops / self.topology.generation.flops_per_cycle
 
-    def _moved(self, instruction: hlo.Instruction) -> float:
-        """Of a move that the compiler gives no cycles (a reshape that its tiles make a copy): through HBM and back."""
-        if instruction.opcode not in _COPIES:
-            return 0.0
-        generation = self.topology.generation
-        return 2 * instruction.bytes(hbm_only=True) / generation.hbm_bandwidth * generation.clock
+    def _moved(self, instruction: hlo.Instruction, shapes: dict[str, hlo.Instruction]) -> float:
+        """Of a move that the compiler gives no cycles: through HBM and back.
 
-    def _operation(self, instruction: hlo.Instruction, cycles: float) -> Operation:
+        Such are a reshape that its tiles make a copy, and an update in place, of which only the new part moves.
+        """
+        if instruction.opcode == "dynamic-update-slice":
+            moved = min(instruction.bytes(hbm_only=True), self._part_written([], instruction, shapes))
+        else:
+            moved = instruction.bytes(hbm_only=True) if instruction.opcode in _COPIES else 0
+        generation = self.topology.generation
+        return 2 * moved / generation.hbm_bandwidth * generation.clock
+
+    def _operation(
+        self, instruction: hlo.Instruction, shapes: dict[str, hlo.Instruction], cycles: float
+    ) -> Operation:
+        # To wait for a transfer is time spent on it.
+        done = instruction.opcode.endswith("-done") and instruction.operands
+        source = shapes.get(instruction.operands[0], instruction) if done else instruction
         return Operation(
             name=instruction.name,
             opcode=instruction.opcode,
-            category=self.category(instruction),
+            category=self.category(source),
             cycles=cycles,
             executions=1,
             module=self.origin(instruction),
@@ -258,8 +308,7 @@ class _Reader:
 
     def category(self, instruction: hlo.Instruction) -> str:
         """Which of :data:`CATEGORIES` an instruction belongs to."""
-        kind = self._collective_kind(instruction)
-        if kind.startswith(_COLLECTIVES):
+        if self._collective(instruction) is not None:
             return COLLECTIVES
         inside = self._opcodes(instruction)
         if instruction.opcode.endswith(("-start", "-done")) or inside <= _MOVES | _FREE:

@@ -246,7 +246,8 @@ def _compile(call: Call, *, topology: Topology, effort: str, kernel_cycles: cost
         return ProgramEstimate(**known, **spent, temp_bytes=needed, failure=message)
     spent = {"compile_seconds": time.perf_counter() - start, "cpu_seconds": time.process_time() - started_cpu}
     memory = compiled.memory_analysis()
-    cost = costs.read(hlo.parse(compiled.as_text()), topology, kernel_cycles)
+    devices = [call.module.devices.index(device) for device in call.module.mesh.devices.flat]
+    cost = costs.read(hlo.parse(compiled.as_text()), topology, kernel_cycles, devices)
     dearest = sorted(cost.operations, key=lambda operation: -operation.cycles)[:TOP_OPERATIONS]
     return ProgramEstimate(
         **known,

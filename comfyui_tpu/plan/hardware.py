@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 import re
 from collections.abc import Sequence
@@ -83,6 +84,9 @@ ALIASES = {"tpu7x": "v7x", "v5litepod": "v5e"}
 HOP_SECONDS = 1e-6
 
 
+Link = tuple[tuple[int, ...], tuple[int, ...]]  # from one device's place to its neighbour's
+
+
 @dataclass(frozen=True)
 class Topology:
     """A slice: a generation and the chips along each axis."""
@@ -119,6 +123,24 @@ class Topology:
             number, block = divmod(number, count)
             place.append(block * chips + at)
         return (*place, core)
+
+    @functools.cached_property
+    def links(self) -> tuple[Link, ...]:
+        """Every direction of every link between neighbours."""
+        places = [self.position(device) for device in range(self.devices)]
+        return tuple((a, b) for a in places for b in places if sum(abs(x - y) for x, y in zip(a, b, strict=True)) == 1)
+
+    def route(self, source: int, target: int) -> list[Link]:
+        """The links that a transfer from one device to another passes: along one axis after the other."""
+        place, end = self.position(source), self.position(target)
+        passed = []
+        for axis, goal in enumerate(end):
+            while place[axis] != goal:
+                step = 1 if goal > place[axis] else -1
+                following = (*place[:axis], place[axis] + step, *place[axis + 1 :])
+                passed.append((place, following))
+                place = following
+        return passed
 
     def grid_of(self, devices: Sequence[int]) -> tuple[int, ...]:
         """How the devices of a group lie: lengths of the box they fill, or a line if they fill none."""
@@ -176,7 +198,7 @@ def describe_devices(topology: Topology) -> tuple[Any, ...]:
 
 
 def collective_seconds(kind: str, payload: int, grid: tuple[int, ...], topology: Topology) -> float:
-    """How long a collective takes when only the links limit it, in seconds.
+    """How long a collective that is no permutation takes when only the links limit it, in seconds.
 
     The model: no wrap-around links (slices of up to 16 chips have none), so a corner chip has one link along each axis
     of the group, and an all-to-all has to pass the cut across the longest axis.
@@ -192,8 +214,6 @@ def collective_seconds(kind: str, payload: int, grid: tuple[int, ...], topology:
     link, ways = topology.generation.link_bandwidth, len(grid)
     latency = HOP_SECONDS * sum(n - 1 for n in grid)
     remote = payload * (group - 1) / group
-    if kind.startswith("collective-permute"):
-        return payload / link + HOP_SECONDS
     if kind.startswith("all-to-all") or kind.startswith("ragged-all-to-all"):
         cut_links = group / max(grid)
         return max(remote / (ways * link), payload * group / 4 / (cut_links * link)) + latency

@@ -84,6 +84,11 @@ class Instruction:
         """Bytes that this start of a copy moves: the smaller of what it reads and makes, for parts are copied too."""
         return min([size for size, _ in _arrays(self.shape)][:2], default=0)
 
+    def pairs(self) -> tuple[tuple[int, int], ...]:
+        """Source and target of each transfer of a collective permutation."""
+        match = re.search(r"source_target_pairs=\{((?:\{\d+,\d+\},?)*)\}", self.attributes)
+        return tuple((int(a), int(b)) for a, b in re.findall(r"(\d+),(\d+)", match.group(1))) if match else ()
+
     def group(self, devices: int) -> tuple[int, ...]:
         """The devices of the first group of this collective, of ``devices`` in all."""
         return _first_group(self.attributes, devices)

@@ -3,7 +3,7 @@
 import pytest
 
 from comfyui_tpu.plan import costs, hlo
-from comfyui_tpu.plan.hardware import collective_seconds, parse
+from comfyui_tpu.plan.hardware import HOP_SECONDS, collective_seconds, parse
 
 V6E = parse("v6e:2x4")
 CLOCK = V6E.generation.clock
@@ -105,6 +105,37 @@ def test_of_a_collective_beside_the_computation_only_the_wait_counts():
     assert cost_with(10**9).by_category()["collectives"] == 0
 
 
+OFFLOADED = """
+%gather (x: bf16[8,8]) -> bf16[1000000,8] {
+  %x = bf16[8,8]{1,0} parameter(0)
+  ROOT %g = bf16[1000000,8]{1,0} all-gather(%x), replica_groups=[1,8]<=[8], dimensions={0}
+}, execution_thread="sparsecore"
+
+%called (x: bf16[8,8]) -> bf16[1000000,8] {
+  %x = bf16[8,8]{1,0} parameter(0)
+  %s = ((bf16[8,8]{1,0}), bf16[1000000,8]{1,0}, s32[]) async-start(%x), calls=%gather
+  ROOT %d = bf16[1000000,8]{1,0} async-done(%s)
+}, execution_thread="sparsecore"
+"""
+
+
+@pytest.mark.parametrize(("kind", "attribute"), [("async", "calls=%gather"), ("call", "to_apply=%called")])
+def test_a_collective_under_a_generic_name_is_one(kind, attribute):
+    def cost_with(work: int) -> costs.Cost:
+        lines = (
+            X,
+            f"%s = ((bf16[8,8]{{1,0}}), bf16[1000000,8]{{1,0}}) {kind}-start(%x), {attribute}",
+            f"%n = bf16[8,8]{{1,0}} fusion(%x), calls=%fused_norm, {cycles(work)}",
+            f"ROOT %d = bf16[1000000,8]{{1,0}} {kind}-done(%s)",
+        )
+        return costs.read(program(*lines, before=OFFLOADED), V6E)
+
+    whole = collective_seconds("all-gather", 16_000_000, (2, 4), V6E) * CLOCK
+    assert cost_with(1000).by_category()["collectives"] == pytest.approx(whole - 1000)
+    assert cost_with(10**9).by_category()["collectives"] == 0
+    assert cost_with(1000).collective_bytes == 16_000_000
+
+
 def test_copies_beside_the_computation_share_the_memorys_bandwidth():
     lines = (
         X,
@@ -178,17 +209,74 @@ def test_a_reduce_scatter_moves_its_operand_which_is_the_larger():
     assert cost.cycles == pytest.approx(collective_seconds("reduce-scatter", 128_000_000, (2, 4), V6E) * CLOCK)
 
 
-@pytest.mark.parametrize(("second", "times"), [("{{0,1},{1,0}}", 2), ("{{0,2},{2,0}}", 1)])
-def test_permutations_share_a_link_only_when_they_go_the_same_way(second, times):
+SENT = 16_000_000 / V6E.generation.link_bandwidth * CLOCK
+HOP = HOP_SECONDS * CLOCK
+
+
+def permutation(name: str, pairs: str) -> str:
+    return f"%{name} = (bf16[8,8], bf16[1000000,8]{{1,0}}) collective-permute-start(%x), source_target_pairs={pairs}"
+
+
+def both_ways(first: str, second: str) -> costs.Cost:
     lines = (
-        X,
-        "%s1 = (bf16[8,8], bf16[1000000,8]{1,0}) collective-permute-start(%x), source_target_pairs={{0,1},{1,0}}",
-        f"%s2 = (bf16[8,8], bf16[1000000,8]{{1,0}}) collective-permute-start(%x), source_target_pairs={second}",
+        permutation("s1", first),
+        permutation("s2", second),
         "%d1 = bf16[1000000,8]{1,0} collective-permute-done(%s1)",
         "ROOT %d2 = bf16[1000000,8]{1,0} collective-permute-done(%s2)",
     )
-    one = collective_seconds("collective-permute", 16_000_000, (2,), V6E) * CLOCK
-    assert costs.read(program(*lines), V6E).cycles == pytest.approx(times * one)
+    return costs.read(program(X, *lines), V6E)
+
+
+# Devices 0 and 1 are neighbours along the first axis, 0 and 2 along the second; 3 is next to both.
+@pytest.mark.parametrize(
+    ("second", "times", "hops"),
+    [
+        ("{{0,1},{1,0}}", 2, 1),  # the same links
+        ("{{0,2},{2,0}}", 1, 1),
+        ("{{2,3},{3,2}}", 1, 1),
+        ("{{0,3},{3,0}}", 2, 2),  # the same first, then another
+    ],
+)
+def test_permutations_that_pass_a_link_in_the_same_direction_follow_one_another(second, times, hops):
+    assert both_ways("{{0,1},{1,0}}", second).cycles == pytest.approx(times * SENT + hops * HOP)
+
+
+def test_the_two_directions_of_a_link_are_two_links():
+    assert both_ways("{{0,1}}", "{{1,0}}").cycles == pytest.approx(SENT + HOP)
+
+
+def test_transfers_of_one_permutation_share_the_links_that_they_all_pass():
+    # Along a line of four: 0 to 4 and 2 to 6 are two hops each, the middle one of which both take.
+    cost = costs.read(program(X, permutation("s", "{{0,4},{2,6}}"), DONE), V6E)
+    assert cost.cycles == pytest.approx(2 * SENT + 2 * HOP)
+
+
+DONE = "ROOT %d = bf16[1000000,8]{1,0} collective-permute-done(%s)"
+
+
+@pytest.mark.parametrize(("devices", "hops"), [((0, 1, 2, 3, 4, 5, 6, 7), 2), ((0, 1, 3, 2, 4, 5, 6, 7), 1)])
+def test_where_a_programs_devices_lie_is_what_its_mesh_says(devices, hops):
+    cost = costs.read(program(X, permutation("s", "{{1,2}}"), DONE), V6E, devices=devices)
+    assert cost.cycles == pytest.approx(SENT + hops * HOP)
+
+
+def test_a_collective_waits_for_the_permutation_on_its_links():
+    gather = "ROOT %g = bf16[1000000,8]{1,0} all-gather(%x), replica_groups=[1,8]<=[8], dimensions={0}"
+    alone = costs.read(program(X, gather), V6E).cycles
+    assert costs.read(program(X, permutation("s", "{{0,1}}"), gather), V6E).cycles == pytest.approx(alone + SENT)
+
+
+def test_an_update_in_place_moves_its_part_through_hbm_and_back():
+    stack, part, i = (
+        "%w = bf16[40,1000,8]{2,1,0} parameter(1)",
+        "%p = bf16[1,1000,8]{2,1,0} parameter(2)",
+        "%i = s32[] parameter(3)",
+    )
+    line = "ROOT %u = bf16[40,1000,8]{2,1,0} dynamic-update-slice(%w, %p, %i, %i, %i)"
+    cost = costs.read(program(X, stack, part, i, line), V6E)
+    assert cost.by_category()["relayout"] == pytest.approx(2 * 16_000 / V6E.generation.hbm_bandwidth * CLOCK)
+    on_chip = line.replace("{2,1,0} dynamic", "{2,1,0:S(1)} dynamic")
+    assert costs.read(program(X, stack, part, i, on_chip), V6E).cycles == 0
 
 
 def test_a_reshape_without_cycles_is_a_copy_through_hbm():
