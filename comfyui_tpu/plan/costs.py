@@ -37,6 +37,8 @@ _READS_A_PART = {"dynamic-slice", "slice", "gather"}
 _CALLS = ("while", "call", "conditional")
 # Generic names for what runs beside the computation, and the attribute that says what does.
 _STARTS = {"async-start": "calls", "call-start": "to_apply"}
+# A collective that fusions on the TensorCore carry on while they compute: how the names of its first and last begin.
+_FUSED_START, _FUSED_DONE = "async-collective-start", "async-collective-done"
 _KERNEL = "tpu_custom_call"
 _NORMS = ("layer_norm_", "rms_norm_")  # how the names of the kernels in ops/row_kernels.py begin
 _HBM = "hbm"
@@ -202,16 +204,21 @@ class _Reader:
         """How long the chip is busy with an instruction, or waits for it."""
         if instruction.opcode.endswith("-done"):
             return schedule.wait_for(instruction.operands)
-        beside = instruction.opcode.endswith("-start")
-        if (collective := self._collective(instruction)) is not None:
+        collective = self._collective(instruction)
+        if collective is not None and instruction.name.startswith(_FUSED_DONE):
+            return schedule.wait_for((collective.channel,))
+        name, beside = instruction.name, instruction.opcode.endswith("-start")
+        if collective is not None:
             cost.collective_bytes += self._payload(collective, self.topology.devices)
             transfer = self._over_links(collective)
+            if name.startswith(_FUSED_START):
+                name, beside = collective.channel, True
         elif beside:
             transfer = self._copy(instruction)
         else:
             return self._compute(instruction, shapes, cost)
-        schedule.start(instruction.name, transfer)
-        return 0.0 if beside else schedule.wait_for((instruction.name,))
+        schedule.start(name, transfer)
+        return 0.0 if beside else schedule.wait_for((name,))
 
     def _inner(self, instruction: hlo.Instruction, cost: Cost) -> tuple[Cost, int]:
         """The computation that a loop, call or branch runs, and how often."""
@@ -252,14 +259,15 @@ class _Reader:
     def _collective(self, instruction: hlo.Instruction) -> hlo.Instruction | None:
         """The collective that an instruction is or starts; None if it does neither.
 
-        Those that run beside the computation under a generic name, on the TensorCore (``async-start``) or on a
+        Those that run beside the computation under a generic name, on the TensorCore (``async-start``, fusions) or on a
         SparseCore (``call-start``), stand in a computation of their own.
         """
         if instruction.opcode.startswith(_COLLECTIVES):
             return instruction
-        if instruction.opcode not in _STARTS:
-            return None
-        for name in instruction.called(_STARTS[instruction.opcode]):
+        attribute = _STARTS.get(instruction.opcode)
+        if instruction.opcode == "fusion" and instruction.name.startswith((_FUSED_START, _FUSED_DONE)):
+            attribute = "calls"
+        for name in instruction.called(attribute) if attribute else ():
             for inner in self.module.computations.get(name, ()):
                 if (found := self._collective(inner)) is not None:
                     return found

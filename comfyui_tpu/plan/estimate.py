@@ -34,6 +34,7 @@ from comfyui_tpu.plan.kernels import OurKernels
 from comfyui_tpu.plan.rehearsal import Call, open_model, rehearse
 from comfyui_tpu.runtime import compile_cache
 from comfyui_tpu.runtime.files import write_text
+from comfyui_tpu.runtime.program import compile_lowered, compiler_options
 
 log = logging.getLogger(__name__)
 
@@ -236,7 +237,8 @@ def _compile(call: Call, *, topology: Topology, effort: str, kernel_cycles: cost
     }
     start = time.perf_counter()
     try:
-        compiled = traced.lower().compile(compiler_options=EFFORTS[effort])
+        options = compiler_options(call.module.devices) | EFFORTS[effort]
+        compiled = compile_lowered(traced.lower(), options)
     except jax.errors.JaxRuntimeError as error:
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise

@@ -84,6 +84,12 @@ class Instruction:
         """Bytes that this start of a copy moves: the smaller of what it reads and makes, for parts are copied too."""
         return min([size for size, _ in _arrays(self.shape)][:2], default=0)
 
+    @property
+    def channel(self) -> str:
+        """What the parts of one collective have in common: its channel's number, as written."""
+        match = re.search(r"\bchannel_id=\d+", self.attributes)
+        return match.group() if match else ""
+
     def pairs(self) -> tuple[tuple[int, int], ...]:
         """Source and target of each transfer of a collective permutation."""
         match = re.search(r"source_target_pairs=\{((?:\{\d+,\d+\},?)*)\}", self.attributes)

@@ -52,6 +52,12 @@ class TraceContext:
             return x
         return self.constrain(x, *self.plan.axes_of(x.shape[0]), None)
 
+    def whole(self, x: jax.Array) -> jax.Array:
+        """``[B, n, C]`` that blocks read beside their tokens: nothing but the batch spread over the chips."""
+        if not self.plan.shard_tokens or x.ndim != 3:
+            return x
+        return self.constrain(x, self.plan.axes_of(x.shape[0])[0], None, None)
+
     def rows(self, batch: int, heads: int | None = None) -> dict[str, Any]:
         """How ``[B, S, C]`` activations lie over the mesh, for the row-wise kernels; ``heads``: inside attention."""
         if heads and self.splits(heads):

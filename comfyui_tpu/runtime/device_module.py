@@ -218,7 +218,8 @@ class DeviceModule:
         largest = max((x.shape for x in jax.tree.leaves(kept)), key=np.prod, default=())
         label = f"{self.spec.name} ({method}, {'×'.join(map(str, largest))})"
         key = self.program_key(method, kept, given)
-        return program.program(key, label, lambda: self.lower(method, kept, given))
+        options = program.compiler_options(self.devices)
+        return program.program(key, label, lambda: self.lower(method, kept, given), options)
 
     def program_key(self, method: str, kept: Any, given: Any) -> tuple:
         """Identity of a method's program for inputs of these shapes (pytrees of ShapeDtypeStructs)."""

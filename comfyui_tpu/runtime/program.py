@@ -5,9 +5,10 @@ A program holds no weights, so it survives their eviction and serves every check
 
 from __future__ import annotations
 
+import logging
 import threading
 import time
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,6 +16,14 @@ import jax
 
 from comfyui_tpu.runtime import compile_cache
 from comfyui_tpu.runtime.reporting import current_reporter
+
+log = logging.getLogger(__name__)
+
+# By JAX's name of the device. On v6e (Trillium) weights are gathered by the SparseCores, beside the TensorCore's work;
+# the compiler does not do so by itself.
+COMPILER_OPTIONS: dict[str, dict[str, Any]] = {
+    "TPU v6 lite": {"xla_tpu_enable_sparse_core_collective_offload_all_gather": True},
+}
 
 _programs: dict[Hashable, Program] = {}
 _lock = threading.RLock()
@@ -57,7 +66,28 @@ def trace(
     return jax.jit(function, out_shardings=out_shardings, donate_argnums=2).trace(params, kept, given)
 
 
-def program(key: Hashable, label: str, make_lowered: Callable[[], jax.stages.Lowered]) -> Program:
+def compiler_options(devices: Sequence[jax.Device]) -> dict[str, Any]:
+    """What the compiler is told of a program for ``devices``, beyond its own defaults."""
+    return dict(COMPILER_OPTIONS.get(devices[0].device_kind, {})) if len(devices) > 1 else {}
+
+
+def compile_lowered(lowered: jax.stages.Lowered, options: Mapping[str, Any]) -> jax.stages.Compiled:
+    """Compile with ``options``; without them where this compiler does not know one, which costs speed alone."""
+    try:
+        return lowered.compile(compiler_options=dict(options))
+    except jax.errors.JaxRuntimeError as error:
+        if not options or "No such compile option" not in str(error):
+            raise
+        log.warning("compiling without the options %s: %s", sorted(options), str(error).splitlines()[0])
+        return lowered.compile()
+
+
+def program(
+    key: Hashable,
+    label: str,
+    make_lowered: Callable[[], jax.stages.Lowered],
+    options: Mapping[str, Any] | None = None,
+) -> Program:
     """The program under ``key``, compiled if this process has not seen it; reports to the current reporter.
 
     The reporter may cancel before tracing and between tracing and compiling; XLA's compiler itself cannot be stopped.
@@ -73,7 +103,7 @@ def program(key: Hashable, label: str, make_lowered: Callable[[], jax.stages.Low
         lowered = make_lowered()
         traced = time.perf_counter()
         reporter.check_cancelled()
-        compiled = lowered.compile()
+        compiled = compile_lowered(lowered, options or {})
         done = time.perf_counter()
         _programs[key] = Program(compiled, traced - start, done - traced, _workspace_bytes(compiled))
         reporter.message(f"compiled {label} in {done - start:.1f} s")

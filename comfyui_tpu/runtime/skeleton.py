@@ -111,8 +111,10 @@ class ScannedBlocks(torch.nn.Module):
         # Inside the outer functional_call these are the stacked arrays; the block's own names stay free of the prefix.
         stacked = env.t2j_iso({**dict(self.block.named_parameters()), **dict(self.block.named_buffers())})
         record = self._recorded is not None
-        carried, call = self._split(args, kwargs)
         spread = lambda x: jax.tree.map(context.tokens, env.t2j_iso(x))  # noqa: E731
+        # Said before the loop: XLA would otherwise gather them in it, once for every block.
+        whole = lambda x: jax.tree.map(context.whole, env.t2j_iso(x))  # noqa: E731
+        carried, call = self._split(args, kwargs, lambda same: env.j2t_iso(whole(same)))
 
         def layer(carry, weights):
             weights = env.j2t_iso({name: context.gathered(w) for name, w in weights.items()})
@@ -125,15 +127,18 @@ class ScannedBlocks(torch.nn.Module):
             self._recorded.append(env.j2t_iso(each))
         return env.j2t_iso(out)
 
-    def _split(self, args: tuple, kwargs: dict) -> tuple[Any, Callable[[Any], tuple[tuple, dict]]]:
-        """The activations to carry, and how a block is called with their successors."""
+    def _split(
+        self, args: tuple, kwargs: dict, prepared: Callable[[Any], Any]
+    ) -> tuple[Any, Callable[[Any], tuple[tuple, dict]]]:
+        """The activations to carry, and how a block is called with their successors; the rest goes in ``prepared``."""
         if not self.carry:
-            return args[0], lambda carry: ((carry, *args[1:]), kwargs)
-        if len(self.carry) == 1:
-            (name,) = self.carry
-            return kwargs[name], lambda carry: (args, {**kwargs, name: carry})
+            rest, same = prepared((args[1:], kwargs))
+            return args[0], lambda carry: ((carry, *rest), same)
+        args, same = prepared((args, {name: value for name, value in kwargs.items() if name not in self.carry}))
         values = tuple(kwargs[name] for name in self.carry)
-        return values, lambda carry: (args, {**kwargs, **dict(zip(self.carry, carry, strict=True))})
+        if len(self.carry) == 1:
+            return values[0], lambda carry: (args, {**same, self.carry[0]: carry})
+        return values, lambda carry: (args, {**same, **dict(zip(self.carry, carry, strict=True))})
 
 
 def build(construct: Callable[[], torch.nn.Module], stacked: Iterable[str | Scan] = ()) -> Skeleton:

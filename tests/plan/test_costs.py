@@ -136,6 +136,32 @@ def test_a_collective_under_a_generic_name_is_one(kind, attribute):
     assert cost_with(1000).collective_bytes == 16_000_000
 
 
+FUSED_STEPS = """
+%step.1 (x: bf16[8,8]) -> (bf16[8,8], bf16[1000000,8]) {
+  %x = bf16[8,8]{1,0} parameter(0)
+  %g = bf16[1000000,8]{1,0} all-gather(%x), channel_id=2, replica_groups=[1,8]<=[8], dimensions={0}
+  ROOT %c = (bf16[8,8]{1,0}, bf16[1000000,8]{1,0}) custom-call(%x, %g), custom_call_target="AsyncCollectiveStart"
+}
+"""
+
+
+def test_a_collective_that_fusions_carry_on_runs_beside_them():
+    def cost_with(work: int) -> costs.Cost:
+        lines = (
+            X,
+            "%async-collective-start = (bf16[8,8], bf16[1000000,8]{1,0}) fusion(%x), kind=kCustom, calls=%step.1",
+            "%t = bf16[8,8]{1,0} get-tuple-element(%async-collective-start), index=0",
+            f"%n = bf16[8,8]{{1,0}} fusion(%t), calls=%fused_norm, {cycles(work)}",
+            "ROOT %async-collective-done = bf16[1000000,8]{1,0} fusion(%n), kind=kCustom, calls=%step.1",
+        )
+        return costs.read(program(*lines, before=FUSED_STEPS), V6E)
+
+    whole = collective_seconds("all-gather", 16_000_000, (2, 4), V6E) * CLOCK
+    assert cost_with(1000).by_category()["collectives"] == pytest.approx(whole - 1000)
+    assert cost_with(10**9).by_category()["collectives"] == 0
+    assert cost_with(1000).collective_bytes == 16_000_000
+
+
 def test_copies_beside_the_computation_share_the_memorys_bandwidth():
     lines = (
         X,
