@@ -9,6 +9,7 @@ a local attention is told how many of its keys are real, which is known while tr
 from __future__ import annotations
 
 import functools
+import itertools
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -30,6 +31,10 @@ KERNEL_MIN_LOGITS = 2**22
 # A tile has no fewer keys; with less, most of it would be padding.
 KERNEL_MIN_KEYS = 256
 KERNEL_MAX_HEAD_DIM = 128
+
+LANES = 128
+import os
+GROUPS = int(os.environ.get("XGROUPS","2"))
 
 # What each further step round a ring costs, as a share of the attention itself: statistics of its keys, its partial
 # result in HBM, the merge. A ring is worth it where zero heads would waste more.
@@ -234,14 +239,27 @@ def _with_exchange(query, key, value, devices, keys, local, smooth_keys):
     ring, exchange = devices.mesh.shape["ring"], devices.mesh.shape["heads"]
 
     def on_one_device(*shards):
-        q, k, v = (_tokens_for_heads(_batch_into_heads(x), exchange) for x in shards)
+        batch, tokens, heads, _ = shards[0].shape
+        whole = [pad_to_multiple(_batch_into_heads(x), 2, exchange) for x in shards]
+        if exchange == 1:
+            return _batch_from_heads(attended(*whole), batch, heads)
+        own, sizes = whole[0].shape[2] // exchange, [x.shape[3] for x in whole]
+        whole = [x.reshape(tokens, -1) for x in whole]
+        out = jax.lax.empty(whole[2].shape, query.dtype)
+        for some in _groups(own, math.gcd(*sizes)):
+            lanes = [range(some.start * size, some.stop * size) for size in sizes]
+            parts = [_tokens_for_lanes(x, exchange, each) for x, each in zip(whole, lanes, strict=True)]
+            # Nothing of the next group is sent before this one has arrived, or it would arrive later.
+            parts, whole = jax.lax.optimization_barrier((parts, whole))
+            made = attended(*(x.reshape(1, -1, len(some), size) for x, size in zip(parts, sizes, strict=True)))
+            out = _lanes_for_tokens(made.reshape(made.shape[1], -1), exchange, lanes[2], out)
+        return _batch_from_heads(out.reshape(1, tokens, -1, sizes[2]), batch, heads)
+
+    def attended(q, k, v):
         if ring == 1:
-            out = local(q, k, v, keys=keys, smooth_keys=smooth_keys)
-        else:
-            k = _minus_mean(k, keys) if smooth_keys else k
-            out = _round_the_ring(q, k, v, keys, ring, functools.partial(local, return_lse=True))
-        batch, _, heads, _ = shards[0].shape
-        return _batch_from_heads(_heads_for_tokens(out, exchange), batch, heads)
+            return local(q, k, v, keys=keys, smooth_keys=smooth_keys)
+        k = _minus_mean(k, keys) if smooth_keys else k
+        return _round_the_ring(q, k, v, keys, ring, functools.partial(local, return_lse=True))
 
     tokens = devices.spec(axis=1)
     run = jax.shard_map(on_one_device, mesh=devices.mesh, in_specs=(tokens,) * 3, out_specs=tokens, check_vma=False)
@@ -267,29 +285,35 @@ def _minus_mean(key, keys):
     return (key - jax.lax.psum(total, "ring") / keys).astype(key.dtype)
 
 
-def _tokens_for_heads(x, exchange):
-    """All heads of one shard of tokens → some heads of the group's tokens; zero heads fill up what does not divide."""
-    if exchange == 1:
-        return x
-    x = pad_to_multiple(x, 2, exchange)
-    flat, heads = x.reshape(x.shape[1], -1), x.shape[2] // exchange
-    tokens, width = x.shape[1], flat.shape[1] // exchange
-    cut = lambda device: jax.lax.dynamic_slice_in_dim(flat, device * width, width, axis=1)  # noqa: E731
+def _groups(heads: int, head_dim: int) -> list[range]:
+    """Heads of one device in groups that are attended to one after the other, so that transfers run beside it.
+
+    Where a group begins, lanes do: what is cut elsewhere is copied lane by lane.
+    """
+    unit = LANES // math.gcd(LANES, head_dim)
+    count = min(GROUPS, max(1, heads // unit))
+    if heads % unit:
+        return [range(heads)]
+    starts = [round(number * heads / unit / count) * unit for number in range(count + 1)]
+    return [range(*ends) for ends in itertools.pairwise(starts)]
+
+
+def _tokens_for_lanes(x, exchange, lanes):
+    """One device's tokens, ``[S, lanes of all heads]`` → the group's tokens, ``lanes`` of those of this device."""
+    tokens, own = len(x), x.shape[1] // exchange
+    cut = lambda device: jax.lax.dynamic_slice_in_dim(x, device * own + lanes.start, len(lanes), axis=1)  # noqa: E731
     put = lambda out, part, device: jax.lax.dynamic_update_slice_in_dim(out, part, device * tokens, axis=0)  # noqa: E731
-    out = _exchanged(exchange, cut, put, jax.lax.empty((exchange * tokens, width), x.dtype))
-    return out.reshape(1, -1, heads, x.shape[3])
+    return _exchanged(exchange, cut, put, jax.lax.empty((exchange * tokens, len(lanes)), x.dtype))
 
 
-def _heads_for_tokens(x, exchange):
-    """The way back, zero heads still at the end."""
-    if exchange == 1:
-        return x
-    flat, tokens = x.reshape(x.shape[1], -1), x.shape[1] // exchange
-    width = flat.shape[1]
-    cut = lambda device: jax.lax.dynamic_slice_in_dim(flat, device * tokens, tokens, axis=0)  # noqa: E731
-    put = lambda out, part, device: jax.lax.dynamic_update_slice_in_dim(out, part, device * width, axis=1)  # noqa: E731
-    out = _exchanged(exchange, cut, put, jax.lax.empty((tokens, exchange * width), x.dtype))
-    return out.reshape(1, tokens, -1, x.shape[3])
+def _lanes_for_tokens(x, exchange, lanes, out):
+    """The way back, into ``out`` ``[S, lanes of all heads]``."""
+    tokens, own = len(out), out.shape[1] // exchange
+    cut = lambda device: jax.lax.dynamic_slice_in_dim(x, device * tokens, tokens, axis=0)  # noqa: E731
+    put = lambda out, part, device: jax.lax.dynamic_update_slice_in_dim(  # noqa: E731
+        out, part, device * own + lanes.start, axis=1
+    )
+    return _exchanged(exchange, cut, put, out)
 
 
 def _exchanged(devices, cut, put, out):
