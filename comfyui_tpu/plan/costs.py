@@ -298,9 +298,7 @@ class _Reader:
         generation = self.topology.generation
         return 2 * moved / generation.hbm_bandwidth * generation.clock
 
-    def _operation(
-        self, instruction: hlo.Instruction, shapes: dict[str, hlo.Instruction], cycles: float
-    ) -> Operation:
+    def _operation(self, instruction: hlo.Instruction, shapes: dict[str, hlo.Instruction], cycles: float) -> Operation:
         # To wait for a transfer is time spent on it.
         done = instruction.opcode.endswith("-done") and instruction.operands
         source = shapes.get(instruction.operands[0], instruction) if done else instruction

@@ -19,9 +19,12 @@ from comfyui_tpu.runtime.reporting import current_reporter
 
 log = logging.getLogger(__name__)
 
-# By JAX's name of the device. On v6e (Trillium) weights are gathered by the SparseCores, beside the TensorCore's work;
-# the compiler does not do so by itself.
-COMPILER_OPTIONS: dict[str, dict[str, Any]] = {
+# For programs of several TPUs. The exchange of heads is many permutations, of which the compiler otherwise keeps few on
+# the way at once.
+_TPU_OPTIONS: dict[str, Any] = {"xla_max_concurrent_async_collective_permutes": 32}
+# By JAX's name of the device. On v6e (Trillium) the SparseCores gather weights, beside the TensorCore's work, when the
+# compiler is told to; for v7x it lets them by itself, and for v4, v5e and v5p it leaves this to the TensorCore anyway.
+_OPTIONS_BY_KIND: dict[str, dict[str, Any]] = {
     "TPU v6 lite": {"xla_tpu_enable_sparse_core_collective_offload_all_gather": True},
 }
 
@@ -68,7 +71,9 @@ def trace(
 
 def compiler_options(devices: Sequence[jax.Device]) -> dict[str, Any]:
     """What the compiler is told of a program for ``devices``, beyond its own defaults."""
-    return dict(COMPILER_OPTIONS.get(devices[0].device_kind, {})) if len(devices) > 1 else {}
+    if len(devices) == 1 or devices[0].platform != "tpu":
+        return {}
+    return _TPU_OPTIONS | _OPTIONS_BY_KIND.get(devices[0].device_kind, {})
 
 
 def compile_lowered(lowered: jax.stages.Lowered, options: Mapping[str, Any]) -> jax.stages.Compiled:

@@ -10,6 +10,7 @@ import pytest
 from jax.experimental import topologies
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from comfyui_tpu.ops import sharded_attention
 from comfyui_tpu.ops.sharded_attention import attend, local_attention, plain, ring_size
 from comfyui_tpu.ops.splash import splash_attention
 from comfyui_tpu.plan import hlo
@@ -77,7 +78,7 @@ def test_short_contexts_that_are_whole_already_move_nothing():
     assert not moved
 
 
-RINGS = pytest.mark.parametrize("ring", [1, 2, 4], ids=["all-to-all", "both", "ring"])  # of four devices
+RINGS = pytest.mark.parametrize("ring", [1, 2, 4], ids=["exchange", "both", "ring"])  # of four devices
 
 
 @RINGS
@@ -163,9 +164,15 @@ def test_a_ring_is_used_where_zero_heads_would_waste_more(heads, devices, ring):
 def test_two_guidance_halves_share_the_devices_as_twice_the_heads():
     """12 heads on 8 devices need a ring of two; 2 × 12 do not."""
     text = jax.jit(functools.partial(attend, mesh=mesh(8))).lower(*problem(12, 64, 64, batch=2)).compile().as_text()
-    assert "all-to-all" in text
-    assert "collective-permute" not in text
+    # All of them exchange heads, each with seven others, and nothing goes round.
+    assert len(permutations(text)) == 4 * 7
     check(problem(12, 61, 61, batch=2), 8)
+
+
+def permutations(text: str) -> list[list[tuple[int, int]]]:
+    """Sources and targets of each permutation in a program."""
+    written = re.findall(r"collective-permute(?:-start)?\(.*source_target_pairs=\{((?:\{\d+,\d+\},?)*)\}", text)
+    return [[(int(a), int(b)) for a, b in re.findall(r"(\d+),(\d+)", pairs)] for pairs in written]
 
 
 def grid(branches: int, chips: int, order=("branch", "chips")) -> Mesh:
@@ -188,9 +195,25 @@ def test_guidance_halves_on_their_own_chips_exchange_nothing_with_each_other():
     inputs = problem(8, 64, 64, batch=2)
     halves = functools.partial(attend, mesh=grid(2, 4), batch_axes=("branch",))
     text = jax.jit(halves).lower(*inputs).compile().as_text()
-    groups = re.findall(r"all-to-all\(.*replica_groups=(\{\{.*?\}\}|\[[^ ]*)", text)
-    assert groups
-    assert set(groups) <= {"{{0,1,2,3},{4,5,6,7}}", "[2,4]<=[8],"}
+    assert len(permutations(text)) == 4 * 3
+    assert all(source // 4 == target // 4 for pairs in permutations(text) for source, target in pairs)
+    assert not re.findall(r"all-to-all|all-gather|all-reduce|reduce-scatter", text)
+
+
+@pytest.mark.parametrize(("heads", "devices"), [(20, 4), (12, 2), (7, 2)], ids=str)
+@pytest.mark.parametrize("options", [{}, {"smooth_keys": True}, {"ring_chips": 2}], ids=str)
+def test_heads_in_groups_attend_as_all_at_once(heads, devices, options, monkeypatch):
+    monkeypatch.setattr(sharded_attention, "GROUPED_MIN_TOKENS", 0)
+    monkeypatch.setattr(sharded_attention, "LANES", 1)  # the tests' heads are small
+    check(problem(heads, 101, 101), devices, **options)
+
+
+def test_heads_are_grouped_where_there_is_time_to_send_them_and_lanes_are_whole():
+    assert sharded_attention._groups(10, 75_600, 128) == [range(n, n + 2) for n in range(0, 10, 2)]
+    assert sharded_attention._groups(5, 75_600, 128) == [range(2), range(2, 5)]
+    assert sharded_attention._groups(3, 75_600, 128) == [range(3)]
+    assert sharded_attention._groups(12, 39_826, 64) == [range(12)]
+    assert sharded_attention._groups(10, 4_608, 128) == [range(10)]
 
 
 @pytest.mark.parametrize("heads", [8, 5, 1])
@@ -295,16 +318,17 @@ def test_one_tpu_runs_the_kernel_itself():
     x = jax.ShapeDtypeStruct((2, 2048, 4, 64), jnp.bfloat16)
     program = str(jax.make_jaxpr(functools.partial(attend, mesh=Mesh(tpus().devices[:1], ("chips",))))(x, x, x))
     assert program.count("pallas_call") == 1
-    assert "all_to_all" not in program
+    assert "ppermute" not in program
 
 
 def test_on_tpus_heads_are_exchanged_and_nothing_is_gathered():
     heads, shard = 8, 256 * 8 * 64 * 2
-    assert collectives(heads) == (1, [("all-to-all", shard)] * 4)
+    assert collectives(heads) == (1, [("collective-permute", shard // 8)] * 4 * 7)
 
 
 def test_on_tpus_keys_go_round_the_ring_and_only_what_the_last_group_lacks_is_gathered():
     heads, shard = 4, 256 * 4 * 64 * 2
     keys, rest = 1024 * 64 * 2, 2 * 5 * 64 * 2  # of the one head that a device has after the exchange
-    exchanged, passed, gathered = [("all-to-all", shard)] * 4, [("collective-permute", keys)] * 2, rest
+    exchanged = [("collective-permute", shard // 4)] * 4 * 3
+    passed, gathered = [("collective-permute", keys)] * 2, rest
     assert collectives(heads) == (2, sorted([*exchanged, *passed, *[("all-gather", gathered)] * 2]))
