@@ -34,7 +34,7 @@ def test_rehearsal_and_production_call_the_same_programs_equally_often(case, mon
 
     asked, programs = Counter(), {}
 
-    def counting(key, label, make_lowered):
+    def counting(key, label, make_lowered, options):
         asked[key] += 1
         if key not in programs:
             outputs = make_lowered().out_info
