@@ -74,9 +74,10 @@ class TraceContext:
         """One layer's weight as its layer uses it: on every chip whole, if the plan gathers weights.
 
         A matrix ``[N, C]`` arrives turned. The compiler makes better products of an operand whose rows are contracted,
-        and to turn a chip's part before it is sent costs next to nothing. The barrier keeps XLA from turning it back.
+        and to turn a chip's part before it is sent costs next to nothing. Without the layouts XLA would turn nothing and
+        call the result turned.
         """
-        if not self.plan.gather_weights:
+        if not self.plan.gather_weights or self.plan.chips == 1:
             return weight
         if weight.ndim != 2:
             return self.constrain(weight)

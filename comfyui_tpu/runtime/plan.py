@@ -43,7 +43,7 @@ class Plan:
             counted.
         gather_weights: sharded weights of repeated blocks are gathered just before their layer uses them (FSDP).
         shard_tokens: the token axis of ``[B, S, C]`` activations between blocks is spread over all chips.
-        attention: ``"heads"``: each chip attends for some heads over all tokens (all-to-all before and after), and
+        attention: ``"heads"``: each chip attends for some heads over all tokens (heads exchanged before and after), and
             where heads are too few for that, keys go round a ring of as few chips as waste least; ``"ring"``: keys go
             round all chips; ``"own heads"``: each chip makes the queries, keys and values of its heads for all tokens,
             so that nothing has to move (tensor parallelism); ``"replicated"``: no constraint on attention. Contexts
