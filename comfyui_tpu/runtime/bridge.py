@@ -74,8 +74,8 @@ class TraceContext:
         """One layer's weight as its layer uses it: on every chip whole, if the plan gathers weights.
 
         A matrix ``[N, C]`` arrives turned. The compiler makes better products of an operand whose rows are contracted,
-        and to turn a chip's part before it is sent costs next to nothing. Without the layouts XLA would turn nothing and
-        call the result turned.
+        and to turn a chip's part before it is sent costs next to nothing. Without the layouts XLA would turn nothing
+        and call the result turned.
         """
         if not self.plan.gather_weights or self.plan.chips == 1:
             return weight
