@@ -21,6 +21,8 @@ from jax.sharding import Mesh, PartitionSpec
 
 from comfyui_tpu.ops.attention import attention, attention_with_lse, check_real_keys
 from comfyui_tpu.ops.padding import pad_to_multiple
+from comfyui_tpu.ops.row_kernels import LANES
+from comfyui_tpu.ops.splash_softmax import PACKED_ROWS
 
 Strategy = Literal["heads", "ring", "own heads"]
 LocalAttention = Callable[..., "jax.Array | tuple[jax.Array, jax.Array]"]
@@ -32,15 +34,11 @@ KERNEL_MIN_LOGITS = 2**22
 KERNEL_MIN_KEYS = 256
 KERNEL_MAX_HEAD_DIM = 128
 
-LANES = 128
 # Heads that a device attends to in one call, where it has enough of them and enough tokens: meanwhile those before them
 # travel home and the next ones arrive. By the compiler's estimates for v6e, 75,600 tokens and 10 heads of 128: with
 # five calls of two heads 0.1 ms of transfers are waited for in a layer, with one call of ten 1.2 ms.
 GROUPED_HEADS = 2
 GROUPED_MIN_TOKENS = 2**14
-# Keys and values that fill no whole number of so many rows, a tile of bfloat16, are copied by the kernel: 0.1 s a step
-# of Wan 14B at 75,348 tokens, by the same estimates.
-PACKED_ROWS = 16
 
 # What each further step round a ring costs, as a share of the attention itself: statistics of its keys, its partial
 # result in HBM, the merge. A ring is worth it where zero heads would waste more.
@@ -252,11 +250,13 @@ def _with_exchange(query, key, value, devices, keys, local, smooth_keys):
         own, sizes = whole[0].shape[2] // exchange, [x.shape[3] for x in whole]
         whole = [x.reshape(x.shape[1], -1) for x in whole]
         out = jax.lax.empty((tokens, whole[2].shape[1]), query.dtype)
-        # Not round a ring, where what follows the real keys of one device are those of the next.
+        # Keys and values that fill no whole number of packed rows are copied by the kernel: 0.1 s a step of Wan 14B at
+        # 75,348 tokens, by the same estimates. Not round a ring, where those of the next device follow.
         multiples = [1, PACKED_ROWS, PACKED_ROWS] if ring == 1 else [1, 1, 1]
         for some in _groups(own, tokens * exchange, math.gcd(*sizes)):
             lanes = [range(some.start * size, some.stop * size) for size in sizes]
-            parts = [_tokens_for_lanes(*each) for each in zip(whole, [exchange] * 3, lanes, multiples, strict=True)]
+            each = zip(whole, lanes, multiples, strict=True)
+            parts = [_tokens_for_lanes(x, exchange, some_lanes, multiple) for x, some_lanes, multiple in each]
             if len(some) < own:
                 # Nothing of the next heads is sent before these have arrived, or these would arrive later.
                 parts, whole = jax.lax.optimization_barrier((parts, whole))

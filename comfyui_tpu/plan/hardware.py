@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import functools
+import itertools
 import math
 import re
 from collections.abc import Sequence
@@ -127,8 +128,8 @@ class Topology:
     @functools.cached_property
     def links(self) -> tuple[Link, ...]:
         """Every direction of every link between neighbours."""
-        places = [self.position(device) for device in range(self.devices)]
-        return tuple((a, b) for a in places for b in places if sum(abs(x - y) for x, y in zip(a, b, strict=True)) == 1)
+        routes = itertools.starmap(self.route, itertools.permutations(range(self.devices), 2))
+        return tuple(route[0] for route in routes if len(route) == 1)
 
     def route(self, source: int, target: int) -> list[Link]:
         """The links that a transfer from one device to another passes: along one axis after the other."""

@@ -88,12 +88,9 @@ def compile_lowered(lowered: jax.stages.Lowered, options: Mapping[str, Any]) -> 
 
 
 def program(
-    key: Hashable,
-    label: str,
-    make_lowered: Callable[[], jax.stages.Lowered],
-    options: Mapping[str, Any] | None = None,
+    key: Hashable, label: str, make_lowered: Callable[[], jax.stages.Lowered], options: Mapping[str, Any]
 ) -> Program:
-    """The program under ``key``, compiled if this process has not seen it; reports to the current reporter.
+    """The program under ``key``, compiled with ``options`` if this process has not seen it; tells the reporter.
 
     The reporter may cancel before tracing and between tracing and compiling; XLA's compiler itself cannot be stopped.
     """
@@ -108,7 +105,7 @@ def program(
         lowered = make_lowered()
         traced = time.perf_counter()
         reporter.check_cancelled()
-        compiled = compile_lowered(lowered, options or {})
+        compiled = compile_lowered(lowered, options)
         done = time.perf_counter()
         _programs[key] = Program(compiled, traced - start, done - traced, _workspace_bytes(compiled))
         reporter.message(f"compiled {label} in {done - start:.1f} s")

@@ -1,6 +1,7 @@
 """Attention over a mesh of virtual devices against float64 on one, and what the TPU compiler makes of it."""
 
 import functools
+import itertools
 import re
 
 import jax
@@ -169,10 +170,10 @@ def test_two_guidance_halves_share_the_devices_as_twice_the_heads():
     check(problem(12, 61, 61, batch=2), 8)
 
 
-def permutations(text: str) -> list[list[tuple[int, int]]]:
+def permutations(text: str) -> list[tuple[tuple[int, int], ...]]:
     """Sources and targets of each permutation in a program."""
-    written = re.findall(r"collective-permute(?:-start)?\(.*source_target_pairs=\{((?:\{\d+,\d+\},?)*)\}", text)
-    return [[(int(a), int(b)) for a, b in re.findall(r"(\d+),(\d+)", pairs)] for pairs in written]
+    instructions = itertools.chain(*hlo.parse(text).computations.values())
+    return [i.pairs() for i in instructions if i.opcode.removesuffix("-start") == "collective-permute"]
 
 
 def grid(branches: int, chips: int, order=("branch", "chips")) -> Mesh:

@@ -237,13 +237,14 @@ def test_a_reduce_scatter_moves_its_operand_which_is_the_larger():
 
 SENT = 16_000_000 / V6E.generation.link_bandwidth * CLOCK
 HOP = HOP_SECONDS * CLOCK
+DONE = "ROOT %d = bf16[1000000,8]{1,0} collective-permute-done(%s)"
 
 
 def permutation(name: str, pairs: str) -> str:
     return f"%{name} = (bf16[8,8], bf16[1000000,8]{{1,0}}) collective-permute-start(%x), source_target_pairs={pairs}"
 
 
-def both_ways(first: str, second: str) -> costs.Cost:
+def cost_of_two(first: str, second: str) -> costs.Cost:
     lines = (
         permutation("s1", first),
         permutation("s2", second),
@@ -264,20 +265,17 @@ def both_ways(first: str, second: str) -> costs.Cost:
     ],
 )
 def test_permutations_that_pass_a_link_in_the_same_direction_follow_one_another(second, times, hops):
-    assert both_ways("{{0,1},{1,0}}", second).cycles == pytest.approx(times * SENT + hops * HOP)
+    assert cost_of_two("{{0,1},{1,0}}", second).cycles == pytest.approx(times * SENT + hops * HOP)
 
 
 def test_the_two_directions_of_a_link_are_two_links():
-    assert both_ways("{{0,1}}", "{{1,0}}").cycles == pytest.approx(SENT + HOP)
+    assert cost_of_two("{{0,1}}", "{{1,0}}").cycles == pytest.approx(SENT + HOP)
 
 
 def test_transfers_of_one_permutation_share_the_links_that_they_all_pass():
     # Along a line of four: 0 to 4 and 2 to 6 are two hops each, the middle one of which both take.
     cost = costs.read(program(X, permutation("s", "{{0,4},{2,6}}"), DONE), V6E)
     assert cost.cycles == pytest.approx(2 * SENT + 2 * HOP)
-
-
-DONE = "ROOT %d = bf16[1000000,8]{1,0} collective-permute-done(%s)"
 
 
 @pytest.mark.parametrize(("devices", "hops"), [((0, 1, 2, 3, 4, 5, 6, 7), 2), ((0, 1, 3, 2, 4, 5, 6, 7), 1)])
