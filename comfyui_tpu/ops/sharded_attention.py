@@ -11,7 +11,7 @@ from __future__ import annotations
 import functools
 import itertools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -88,28 +88,80 @@ def attend(
         ValueError: shapes do not belong together, ``ring_chips`` does not divide the number of devices, the strategy
             is unknown, or the batch or the mesh cannot be split along ``batch_axes``.
     """
-    _check(query, key, value, keys)
-    keys = key.shape[1] if keys is None else keys
+    options = {"strategy": strategy, "ring_chips": ring_chips, "batch_axes": batch_axes, "keys": keys, "scale": scale}
+    parts = [(query, key, value)]
+    (out,) = attend_jointly(parts, mesh=mesh, smooth_keys=smooth_keys, local=local, **options)
+    return out
+
+
+def attend_jointly(
+    parts: Sequence[tuple[jax.Array, jax.Array, jax.Array]],
+    *,
+    mesh: Mesh,
+    strategy: Strategy = "heads",
+    ring_chips: int | None = None,
+    batch_axes: tuple[str, ...] = (),
+    keys: int | None = None,
+    scale: float | None = None,
+    smooth_keys: bool = False,
+    local: LocalAttention | None = None,
+) -> list[jax.Array]:
+    """:func:`attend` for tokens that lie in several arrays, a video's and its text's: all attend to all.
+
+    Were they joined before, their tokens would have to be spread over the devices anew, and once more after.
+
+    Args:
+        parts: query, key and value of each, alike but for their numbers of tokens.
+        keys: how many keys are real of those of all parts, one part behind the other.
+
+    Returns:
+        For each part what :func:`attend` returns.
+    """
+    for part in parts:
+        _check(*part)
+    if len({(*(x.shape[:1] + x.shape[2:] for x in part),) for part in parts}) != 1:
+        raise ValueError(f"expected parts alike but for their tokens; got {[[x.shape for x in p] for p in parts]}")
+    total = sum(key.shape[1] for _, key, _ in parts)
+    check_real_keys(keys, total)
+    keys = total if keys is None else keys
+    query = parts[0][0]
     devices = _Devices.of(mesh, batch_axes, query.shape[0])
     local = local or functools.partial(_attend_locally, mesh.devices.flat[0])
     local = functools.partial(local, scale=1 / math.sqrt(query.shape[-1]) if scale is None else scale)
     ring = _ring_chips(strategy, ring_chips, query.shape[0] // devices.batch * query.shape[2], devices.others)
-    whole = functools.partial(local, keys=keys, smooth_keys=smooth_keys)
-    if strategy == "own heads":
-        return _with_own_heads(query, key, value, devices, whole)
-    if devices.others == 1 or key.shape[1] < query.shape[1]:
-        return _with_whole_keys(query, key, value, devices, whole)
-    return _with_exchange(query, key, value, devices.in_rings(ring), keys, local, smooth_keys)
+    exchanges = strategy != "own heads" and devices.others > 1 and total >= sum(q.shape[1] for q, _, _ in parts)
+    if exchanges and (len(parts) == 1 or _padded_at_the_end(parts, devices.others, ring)):
+        return _with_exchange(parts, devices.in_rings(ring), keys, local, smooth_keys)
+    cuts = list(itertools.accumulate(q.shape[1] for q, _, _ in parts[:-1]))
+    query, key, value = (_joined(each) for each in zip(*parts, strict=True))
+    if exchanges:
+        (out,) = _with_exchange([(query, key, value)], devices.in_rings(ring), keys, local, smooth_keys)
+    else:
+        whole = functools.partial(local, keys=keys, smooth_keys=smooth_keys)
+        run = _with_own_heads if strategy == "own heads" else _with_whole_keys
+        out = run(query, key, value, devices, whole)
+    return jnp.split(out, cuts, axis=1) if cuts else [out]
 
 
-def _check(query: jax.Array, key: jax.Array, value: jax.Array, keys: int | None) -> None:
+def _joined(arrays: Sequence[jax.Array]) -> jax.Array:
+    return arrays[0] if len(arrays) == 1 else jnp.concatenate(arrays, axis=1)
+
+
+def _padded_at_the_end(parts: Sequence[tuple[jax.Array, ...]], devices: int, ring: int) -> bool:
+    """Whether no group of the ring but the last has padding, with each part's tokens spread over all devices."""
+    return all(
+        -tokens % devices <= -(-tokens // devices) * (devices // ring)
+        for tokens in (x.shape[1] for part in parts for x in part)
+    )
+
+
+def _check(query: jax.Array, key: jax.Array, value: jax.Array) -> None:
     agree = query.ndim == key.ndim == value.ndim == 4 and key.shape[:3] == value.shape[:3]
     if not (agree and (query.shape[0], *query.shape[2:]) == (key.shape[0], *key.shape[2:])):
         raise ValueError(
             "attend expects query [B, Sq, H, D], key [B, Sk, H, D] and value [B, Sk, H, Dv]; "
             f"got {query.shape}, {key.shape} and {value.shape}"
         )
-    check_real_keys(keys, key.shape[1])
 
 
 @dataclass(frozen=True)
@@ -238,31 +290,43 @@ def _with_whole_keys(query, key, value, devices, local):
     return run(pad_to_multiple(query, 1, devices.others), key, value)[:, : query.shape[1]]
 
 
-def _with_exchange(query, key, value, devices, keys, local, smooth_keys):
-    """Heads exchanged for tokens within groups of neighbours, keys passed round the ``ring`` groups."""
-    ring, exchange = devices.mesh.shape["ring"], devices.mesh.shape["heads"]
+def _with_exchange(parts, devices, keys, local, smooth_keys):
+    """Heads exchanged for tokens within groups of neighbours, keys passed round the ``ring`` groups.
 
-    def on_one_device(*shards):
-        batch, tokens, heads, _ = shards[0].shape
-        whole = [pad_to_multiple(_batch_into_heads(x), 2, exchange) for x in shards]
-        if exchange == 1:
-            return _batch_from_heads(attended(*whole), batch, heads)
-        own, sizes = whole[0].shape[2] // exchange, [x.shape[3] for x in whole]
-        whole = [x.reshape(x.shape[1], -1) for x in whole]
-        out = jax.lax.empty((tokens, whole[2].shape[1]), query.dtype)
+    In its group each part follows the one before it, over whose padding it is written: only the end is padded.
+    """
+    ring, exchange = devices.mesh.shape["ring"], devices.mesh.shape["heads"]
+    lengths = [[x.shape[1] for x in each] for each in zip(*parts, strict=True)]
+
+    def on_one_device(*parts):
+        batch, _, heads, _ = parts[0][0].shape
+        shards = [
+            [pad_to_multiple(_batch_into_heads(x), 2, exchange) for x in each] for each in zip(*parts, strict=True)
+        ]
+        starts = [_starts(real, each, ring, exchange) for real, each in zip(lengths, shards, strict=True)]
+        spare = [sum(-length % devices.others for length in each[:-1]) for each in lengths]
+        own, sizes = shards[0][0].shape[2] // exchange, [each[0].shape[3] for each in shards]
+        if exchange == 1 and len(parts) == 1:
+            return [_batch_from_heads(attended(*(each[0] for each in shards)), batch, heads)]
+        shards = [[x.reshape(x.shape[1], -1) for x in each] for each in shards]
+        outs = [jax.lax.empty((len(q), v.shape[1]), q.dtype) for q, v in zip(shards[0], shards[2], strict=True)]
         # Keys and values that fill no whole number of packed rows are copied by the kernel: 0.1 s a step of Wan 14B at
         # 75,348 tokens, by the same estimates. Not round a ring, where those of the next device follow.
         multiples = [1, PACKED_ROWS, PACKED_ROWS] if ring == 1 else [1, 1, 1]
-        for some in _groups(own, tokens * exchange, math.gcd(*sizes)):
+        for some in _groups(own, sum(map(len, shards[0])) * exchange, math.gcd(*sizes)):
             lanes = [range(some.start * size, some.stop * size) for size in sizes]
-            each = zip(whole, lanes, multiples, strict=True)
-            parts = [_tokens_for_lanes(x, exchange, some_lanes, multiple) for x, some_lanes, multiple in each]
+            each = zip(shards, starts, lanes, spare, multiples, strict=True)
+            arrived = [_tokens_for_lanes(x, start, exchange, *rest) for x, start, *rest in each]
             if len(some) < own:
                 # Nothing of the next heads is sent before these have arrived, or these would arrive later.
-                parts, whole = jax.lax.optimization_barrier((parts, whole))
-            made = attended(*(x.reshape(1, len(x), -1, size) for x, size in zip(parts, sizes, strict=True)))
-            out = _lanes_for_tokens(made.reshape(made.shape[1], -1), exchange, lanes[2], out)
-        return _batch_from_heads(out.reshape(1, tokens, -1, sizes[2]), batch, heads)
+                arrived, shards = jax.lax.optimization_barrier((arrived, shards))
+            made = attended(*(x.reshape(1, len(x), -1, size) for x, size in zip(arrived, sizes, strict=True)))
+            made = made.reshape(made.shape[1], -1)
+            outs = [
+                _lanes_for_tokens(made, start, exchange, lanes[2], out)
+                for start, out in zip(starts[0], outs, strict=True)
+            ]
+        return [_batch_from_heads(out.reshape(1, len(out), -1, sizes[2]), batch, heads) for out in outs]
 
     def attended(q, k, v):
         if ring == 1:
@@ -271,8 +335,19 @@ def _with_exchange(query, key, value, devices, keys, local, smooth_keys):
         return _round_the_ring(q, k, v, keys, ring, functools.partial(local, return_lse=True))
 
     tokens = devices.spec(axis=1)
-    run = jax.shard_map(on_one_device, mesh=devices.mesh, in_specs=(tokens,) * 3, out_specs=tokens, check_vma=False)
-    return run(*(pad_to_multiple(x, 1, devices.others) for x in (query, key, value)))[:, : query.shape[1]]
+    padded = [tuple(pad_to_multiple(x, 1, devices.others) for x in part) for part in parts]
+    run = jax.shard_map(on_one_device, mesh=devices.mesh, in_specs=tokens, out_specs=tokens, check_vma=False)
+    return [out[:, :length] for out, length in zip(run(*padded), lengths[0], strict=True)]
+
+
+def _starts(lengths, shards, ring, exchange):
+    """Where each part begins among a group's tokens: behind the real ones of those before it, of ``lengths`` in all."""
+    starts = [0]
+    for length, shard in itertools.islice(zip(lengths, shards, strict=True), len(shards) - 1):
+        tokens = exchange * shard.shape[1]
+        real = min(length, tokens) if ring == 1 else jnp.minimum(length - jax.lax.axis_index("ring") * tokens, tokens)
+        starts.append(starts[-1] + real)
+    return starts
 
 
 def _batch_into_heads(x):
@@ -306,27 +381,30 @@ def _groups(heads: int, tokens: int, head_dim: int) -> list[range]:
     return [range(*ends) for ends in itertools.pairwise(starts)]
 
 
-def _tokens_for_lanes(x, exchange, lanes, multiple):
-    """One device's tokens, ``[S, lanes of all heads]`` → the group's tokens, ``lanes`` of those of this device.
+def _tokens_for_lanes(parts, starts, exchange, lanes, spare, multiple):
+    """One device's tokens, ``[S, lanes of all heads]`` in each part → the group's, ``lanes`` of those of this device.
 
-    Zeros fill up to a ``multiple`` of rows.
+    Zeros fill the ``spare`` rows that parts leave which begin before the end of another, and up to a ``multiple``.
     """
-    tokens, own = len(x), x.shape[1] // exchange
-    cut = lambda device: jax.lax.dynamic_slice_in_dim(x, device * own + lanes.start, len(lanes), axis=1)  # noqa: E731
-    put = lambda out, part, device: jax.lax.dynamic_update_slice_in_dim(out, part, device * tokens, axis=0)  # noqa: E731
-    rest = -exchange * tokens % multiple
-    out = jax.lax.empty((exchange * tokens + rest, len(lanes)), x.dtype)
-    if rest:
-        out = jax.lax.dynamic_update_slice_in_dim(
-            out, jnp.zeros((rest, len(lanes)), x.dtype), exchange * tokens, axis=0
+    own, rows = parts[0].shape[1] // exchange, sum(exchange * len(part) for part in parts)
+    rest = -rows % multiple
+    out = jax.lax.empty((rows + rest, len(lanes)), parts[0].dtype)
+    if rest + spare:
+        zeros = jnp.zeros((rest + spare, len(lanes)), out.dtype)
+        out = jax.lax.dynamic_update_slice_in_dim(out, zeros, rows - spare, axis=0)
+    for part, start in zip(parts, starts, strict=True):
+        cut = lambda device, x=part: jax.lax.dynamic_slice_in_dim(x, device * own + lanes.start, len(lanes), axis=1)  # noqa: E731
+        put = lambda out, x, device, row=start: jax.lax.dynamic_update_slice_in_dim(  # noqa: E731
+            out, x, row + device * len(x), axis=0
         )
-    return _exchanged(exchange, cut, put, out)
+        out = _exchanged(exchange, cut, put, out)
+    return out
 
 
-def _lanes_for_tokens(x, exchange, lanes, out):
-    """The way back, into ``out`` ``[S, lanes of all heads]``."""
+def _lanes_for_tokens(x, start, exchange, lanes, out):
+    """The way back for one part, into ``out`` ``[S, lanes of all heads]``."""
     tokens, own = len(out), out.shape[1] // exchange
-    cut = lambda device: jax.lax.dynamic_slice_in_dim(x, device * tokens, tokens, axis=0)  # noqa: E731
+    cut = lambda device: jax.lax.dynamic_slice_in_dim(x, start + device * tokens, tokens, axis=0)  # noqa: E731
     put = lambda out, part, device: jax.lax.dynamic_update_slice_in_dim(  # noqa: E731
         out, part, device * own + lanes.start, axis=1
     )

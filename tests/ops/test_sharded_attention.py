@@ -12,7 +12,7 @@ from jax.experimental import topologies
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from comfyui_tpu.ops import sharded_attention
-from comfyui_tpu.ops.sharded_attention import attend, local_attention, plain, ring_size
+from comfyui_tpu.ops.sharded_attention import attend, attend_jointly, local_attention, plain, ring_size
 from comfyui_tpu.ops.splash import splash_attention
 from comfyui_tpu.plan import hlo
 
@@ -333,3 +333,36 @@ def test_on_tpus_keys_go_round_the_ring_and_only_what_the_last_group_lacks_is_ga
     exchanged = [("collective-permute", shard // 4)] * 4 * 3
     passed, gathered = [("collective-permute", keys)] * 2, rest
     assert collectives(heads) == (2, sorted([*exchanged, *passed, *[("all-gather", gathered)] * 2]))
+
+
+@pytest.mark.parametrize("options", [{"ring_chips": n} for n in (1, 2, 4, 8)] + [{"strategy": "own heads"}], ids=str)
+@pytest.mark.parametrize("tokens", [(96, 16), (101, 26), (97, 3), (16, 129), (33, 8, 30), (3, 2)], ids=str)
+def test_parts_attend_to_each_other_as_if_they_were_joined(tokens, options):
+    parts = [problem(8, n, n, batch=2, seed=n) for n in tokens]
+    run = functools.partial(attend_jointly, mesh=mesh(8), smooth_keys=True, **options)
+    ours = jax.jit(run)(parts)
+    expected = reference(*(np.concatenate(each, axis=1) for each in zip(*parts, strict=True)))
+    assert [x.shape[1] for x in ours] == list(tokens)
+    assert np.abs(np.concatenate(ours, axis=1) - expected).max() <= BOUND * np.abs(expected).max()
+
+
+@pytest.mark.parametrize("ring", [1, 2, 4])
+def test_a_parts_padding_is_never_a_key(ring):
+    """Parts of 13 and 6 tokens over 4 devices: padded to 16 and 8, with keys that would win."""
+    parts = [problem(8, n, n, width=64, seed=n) for n in (13, 6)]
+    parts = [(np.abs(q) + 1, -np.abs(k) - 1, v + 5) for q, k, v in parts]
+    ours = jax.jit(functools.partial(attend_jointly, mesh=mesh(4), ring_chips=ring))(parts)
+    expected = reference(*(np.concatenate(each, axis=1) for each in zip(*parts, strict=True)))
+    assert np.abs(np.concatenate(ours, axis=1) - expected).max() <= BOUND * np.abs(expected).max()
+
+
+def test_parts_of_short_contexts_are_joined():
+    parts = [problem(4, 40, 8, seed=1), problem(4, 9, 3, seed=2)]
+    ours = attend_jointly(parts, mesh=mesh(4))
+    expected = reference(*(np.concatenate(each, axis=1) for each in zip(*parts, strict=True)))
+    assert np.abs(np.concatenate(ours, axis=1) - expected).max() <= BOUND * np.abs(expected).max()
+
+
+def test_parts_of_different_heads_are_refused():
+    with pytest.raises(ValueError, match="alike but for their tokens"):
+        attend_jointly([problem(4, 8, 8), problem(5, 8, 8)], mesh=mesh(2))
