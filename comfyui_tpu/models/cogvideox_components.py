@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from comfyui_tpu.models import plans
-from comfyui_tpu.models.attention import attend
+from comfyui_tpu.models.cogvideox_block import prepare_blocks
 from comfyui_tpu.runtime import bridge, causal
 from comfyui_tpu.runtime.device_module import ComponentSpec, DeviceModule
 from comfyui_tpu.runtime.errors import InvalidInput
@@ -51,24 +51,6 @@ class _AddPositions(torch.nn.Module):
         return x if self.positions is None else x + self.positions.to(x.dtype)
 
 
-class _JointAttention:
-    """Attention over text and video tokens together: Diffusers' attention processor for CogVideoX blocks.
-
-    The stock one rotates the video's part of queries and keys in place. Traced and spread over 8 chips, with tokens
-    that do not divide by 8, that gave outputs 3 % off (jax 0.10.2, CPU; over 1 and 2 chips they were right). Here the
-    tables cover the text too, which a rotation by 0 leaves as it is, and nothing is written in place.
-    """
-
-    def __call__(self, attn, hidden_states, encoder_hidden_states, attention_mask=None, image_rotary_emb=None):
-        text_tokens = encoder_hidden_states.shape[1]
-        tokens = torch.cat([encoder_hidden_states, hidden_states], dim=1)
-        query = bridge.norm_rotary(attn.to_q(tokens), attn.norm_q, image_rotary_emb)
-        key = bridge.norm_rotary(attn.to_k(tokens), attn.norm_k, image_rotary_emb)
-        split = (x.unflatten(2, (attn.heads, -1)) for x in (query, key, attn.to_v(tokens)))
-        out = attn.to_out[0](attend(*split, attention_mask))
-        return out[:, text_tokens:], out[:, :text_tokens]
-
-
 def _build_transformer(config: dict) -> torch.nn.Module:
     """The stock transformer; sin-cos positions (CogVideoX-2b) come as an input instead of a table.
 
@@ -78,7 +60,7 @@ def _build_transformer(config: dict) -> torch.nn.Module:
     from diffusers import CogVideoXTransformer3DModel
 
     transformer = CogVideoXTransformer3DModel.from_config(config)
-    transformer.set_attn_processor(_JointAttention())
+    prepare_blocks(transformer)
     transformer.embedding_dropout = _AddPositions()
     if not transformer.config.use_rotary_positional_embeddings:
         transformer.patch_embed.use_positional_embeddings = False
@@ -224,7 +206,7 @@ class CogVideoXTransformer(DeviceModule):
             "timestep": timestep,
         }
         if image_rotary_emb is not None:
-            inputs["rotary"] = _with_text(image_rotary_emb, encoder_hidden_states.shape[1])
+            inputs["rotary"] = image_rotary_emb
         elif not self.config.use_rotary_positional_embeddings:
             inputs["positions"] = self._positions(hidden_states.shape)
         sample = bridge.to_torch(self.run("denoise", inputs))
@@ -238,13 +220,6 @@ class CogVideoXTransformer(DeviceModule):
             positions = embed._get_positional_embeddings(height, width, (frames - 1) * FRAMES_PER_LATENT + 1)
             self._placed_positions = (shape, self._place(positions))
         return self._placed_positions[1]
-
-
-def _with_text(rotary: tuple[torch.Tensor, torch.Tensor], text_tokens: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Cosines and sines ``[tokens, head_dim]`` with a rotation by 0 for the text's tokens in front."""
-    cosines, sines = rotary
-    shape = (text_tokens, cosines.shape[1])
-    return torch.cat([cosines.new_ones(shape), cosines]), torch.cat([sines.new_zeros(shape), sines])
 
 
 class CogVideoXVAE(DeviceModule):

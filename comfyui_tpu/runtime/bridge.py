@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import contextvars
 import functools
+import itertools
 import threading
 import warnings
 from collections.abc import Callable, Iterator, Sequence
@@ -27,6 +28,7 @@ from comfyui_tpu.ops import attention as attention_ops
 from comfyui_tpu.ops import norm as norm_ops
 from comfyui_tpu.ops import rows, tensor_parallel
 from comfyui_tpu.ops.sharded_attention import attend
+from comfyui_tpu.ops.sharded_attention import attend_jointly as attend_parts
 from comfyui_tpu.runtime.plan import Plan
 
 # Tracing swaps a module's parameters in place for the time of the call: one trace at a time.
@@ -65,6 +67,28 @@ class TraceContext:
             return {"mesh": self.mesh, "spec": PartitionSpec(None, None, self.plan.axis_names)}
         spec = PartitionSpec(*self.plan.axes_of(batch)) if self.plan.shard_tokens else PartitionSpec()
         return {"mesh": self.mesh, "spec": spec}
+
+    def attention_options(self, batch: int) -> dict[str, Any]:
+        """What sharded attention is told of the plan; nothing where it is left to XLA's partitioner."""
+        plan = self.plan
+        if plan.attention == "replicated" and plan.chips > 1:
+            return {}
+        return {
+            "mesh": self.mesh,
+            "strategy": "heads" if plan.attention == "replicated" else plan.attention,
+            "ring_chips": plan.ring_chips,
+            "batch_axes": plan.axes_of(batch)[0],
+            "smooth_keys": self.smooth_keys,
+        }
+
+    def attended(self, out: jax.Array) -> jax.Array:
+        """``[B, S, H, D]`` that sharded attention returned, with its sharding said once more.
+
+        Tokens that do not divide were cut to their number, and XLA would gather what it is not told.
+        """
+        if self.plan.attention == "own heads":
+            return out
+        return self.constrain(out, *self.plan.axes_of(out.shape[0]), None, None)
 
     def splits(self, *features: int) -> bool:
         """Whether layers of so many features are tensor-parallel under this plan."""
@@ -165,6 +189,25 @@ def norm_rotary(
     return env.j2t_iso(rows.rms_norm_rotary(x, weight, over="width" if together else "head", **options))
 
 
+def attend_jointly(parts: Sequence[Sequence[torch.Tensor]]) -> list[torch.Tensor]:
+    """While tracing: attention of each part's queries to the keys and values of all parts.
+
+    Args:
+        parts: query, key and value of each, ``[B, S, H, D]``; S is the part's own.
+
+    Returns:
+        ``[B, S, H, D]`` for each part.
+    """
+    env, context = environment(), current_trace()
+    parts = env.t2j_iso([tuple(part) for part in parts])
+    if options := context.attention_options(parts[0][0].shape[0]):
+        return env.j2t_iso([context.attended(out) for out in attend_parts(parts, **options)])
+    cuts = list(itertools.accumulate(query.shape[1] for query, _, _ in parts[:-1]))
+    q, k, v = (jnp.swapaxes(jnp.concatenate(each, axis=1), 1, 2) for each in zip(*parts, strict=True))
+    out = attention_ops.attention(q, k, v, smooth_keys=context.smooth_keys)
+    return env.j2t_iso(jnp.split(jnp.swapaxes(out, 1, 2), cuts, axis=1))
+
+
 def trace(
     call: Callable[..., Any], module: torch.nn.Module, context: TraceContext, params: dict, *args, **kwargs
 ) -> Any:
@@ -253,19 +296,13 @@ def _scaled_dot_product_attention(
 
 def _sharded_attention(context: TraceContext, q, k, v, mask, scale):
     """``[B, H, S, D]`` attention as the plan says; with a mask it is left to XLA's partitioner."""
-    plan, options = context.plan, {"scale": scale, "smooth_keys": context.smooth_keys}
-    if mask is not None or (plan.attention == "replicated" and plan.chips > 1):
+    if mask is not None or not context.attention_options(q.shape[0]):
+        options = {"scale": scale, "smooth_keys": context.smooth_keys}
         return attention_ops.attention(q, k, v, mask=mask, **options)
-    strategy = "heads" if plan.attention == "replicated" else plan.attention
     # Models turn [B, S, H, D] for torch's operator; turned back, nothing is left of that in the program.
     q, k, v = (jnp.swapaxes(x, 1, 2) for x in (q, k, v))
-    batch, tokens = plan.axes_of(q.shape[0])
-    options |= {"ring_chips": plan.ring_chips, "batch_axes": batch}
-    out = attend(q, k, v, mesh=context.mesh, strategy=strategy, **options)
-    if strategy != "own heads":
-        # Said once more: tokens that do not divide were cut to their number, and XLA would gather what it is not told.
-        out = context.constrain(out, batch, tokens, None, None)
-    return jnp.swapaxes(out, 1, 2)
+    out = attend(q, k, v, scale=scale, **context.attention_options(q.shape[0]))
+    return jnp.swapaxes(context.attended(out), 1, 2)
 
 
 def _group_norm(input, num_groups, weight=None, bias=None, eps=1e-5):
