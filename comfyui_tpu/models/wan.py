@@ -11,9 +11,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, ClassVar
 
+import jax
 import torch
 
-from comfyui_tpu.models import plans
+from comfyui_tpu.models import plans, wan_decoder
 from comfyui_tpu.models.common import (
     DEFAULT_PLANS,
     OpenedModel,
@@ -35,6 +36,7 @@ from comfyui_tpu.models.wan_block import prepare_blocks
 from comfyui_tpu.runtime import bridge, causal
 from comfyui_tpu.runtime.device_module import ComponentSpec, DeviceModule, Options
 from comfyui_tpu.runtime.errors import CheckpointError, InvalidInput
+from comfyui_tpu.runtime.plan import sharding
 
 SIZE_MULTIPLE = 16  # the autoencoder divides by 8, the transformer's patches by 2
 MIN_SIZE, MAX_SIZE = 256, 1280
@@ -79,6 +81,11 @@ def _build_transformer(config: dict) -> torch.nn.Module:
 def _build_vae(config: dict) -> torch.nn.Module:
     from diffusers import AutoencoderKLWan
 
+    if config.get("is_residual") or config.get("patch_size"):
+        raise CheckpointError(
+            "expected the video autoencoder of Wan 2.1 and of Wan 2.2 A14B; got one with is_residual or patch_size in "
+            "its config, as Wan 2.2 TI2V 5B has. Choose a checkpoint of one of the former."
+        )
     return AutoencoderKLWan.from_config(config)
 
 
@@ -99,28 +106,8 @@ def _denoise(transformer, hidden_states, timestep, encoder_hidden_states, **inpu
     )[0]
 
 
-def _decode_chunk(vae, x, state=None):
-    """Latents ``[B, 16, T, h, w]`` → frames ``[B, 3, 4·T, 8·h, 8·w]`` (one frame from the first latent) and new state.
-
-    The stock decoder keeps one entry per causal convolution in a list; before the first chunk all are None, and "Rep"
-    marks a temporal upsampler that has seen only the first frame (crossing the program's border as None).
-    """
-    first = state is None
-    cache = [None] * vae._cached_conv_counts["decoder"] if first else ["Rep" if c is None else c for c in state]
-    frames = vae.decoder(vae.post_quant_conv(x), feat_cache=cache, feat_idx=[0], first_chunk=first)
-    if vae.config.patch_size is not None:
-        from diffusers.models.autoencoders.autoencoder_kl_wan import unpatchify
-
-        frames = unpatchify(frames, patch_size=vae.config.patch_size)
-    return frames.clamp(-1.0, 1.0), [None if isinstance(c, str) else c for c in cache]
-
-
 def _encode_chunk(vae, x, state=None):
     """Frames ``[B, 3, T, H, W]`` → moments ``[B, 32, T/4, H/8, W/8]`` (one from the first frame) and new state."""
-    if vae.config.patch_size is not None:
-        from diffusers.models.autoencoders.autoencoder_kl_wan import patchify
-
-        x = patchify(x, patch_size=vae.config.patch_size)
     cache = [None] * vae._cached_conv_counts["encoder"] if state is None else list(state)
     moments = vae.encoder(x, feat_cache=cache, feat_idx=[0])
     return vae.quant_conv(moments), cache
@@ -154,8 +141,8 @@ VAE = ComponentSpec(
     name="vae",
     build=_build_vae,
     methods={
-        "decode_first": _decode_chunk,
-        "decode_next": _decode_chunk,
+        "decode_first": wan_decoder.decode,
+        "decode_next": wan_decoder.decode,
         "encode_first": _encode_chunk,
         "encode_next": _encode_chunk,
     },
@@ -233,10 +220,16 @@ class WanVAE(DeviceModule):
         """Latents ``[B, 16, T, h, w]`` (un-normalised) → frames ``[B, 3, 4·(T-1)+1, 8·h, 8·w]`` in -1..1."""
         from diffusers.models.autoencoders.vae import DecoderOutput
 
-        latents = self._chunk_latents(z.shape[0], z.shape[3] * 8, z.shape[4] * 8)
+        latents = self._chunk_latents(1, z.shape[3] * 8, z.shape[4] * 8)
         chunking = causal.Chunking("decode_first", "decode_next", 1, latents, lambda n: 4 * n, "decoding frames")
-        frames = causal.run(self, chunking, z.float())
+        frames = torch.cat([causal.run(self, chunking, video) for video in z.float().split(1)])
         return DecoderOutput(sample=frames) if return_dict else (frames,)
+
+    def activation_sharding(self, shape: tuple[int, ...]) -> jax.sharding.Sharding:
+        """Of videos as the plan says; with four axes it is the decoder's state."""
+        if len(shape) != 4:
+            return super().activation_sharding(shape)
+        return sharding(self.plan, self.devices, wan_decoder.spread_rows(self.plan))
 
     def encode(self, x: torch.Tensor, return_dict: bool = True):
         """Frames ``[B, 3, 4·n+1, H, W]`` in -1..1 → distribution of latents ``[B, 16, n+1, H/8, W/8]``."""

@@ -1,0 +1,171 @@
+"""Wan's video decoder with channels last, rows spread over the devices: the stock decoder's arithmetic and weights.
+
+Traced as it stands, the stock decoder is channels first with the whole video as one item; XLA then cuts the width into
+pieces to have a batch, and copies every activation for it several times.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Iterator
+
+import jax
+import jax.numpy as jnp
+import torch
+from jax.sharding import PartitionSpec
+
+from comfyui_tpu.ops import attention, causal_conv
+from comfyui_tpu.ops.causal_conv import PAST, Rows
+from comfyui_tpu.runtime import bridge
+from comfyui_tpu.runtime.plan import Plan
+
+State = list[jax.Array]
+
+FEW_OUTPUTS = 8  # of a convolution; here it is the last, to red, green and blue of two columns
+
+
+def spread_rows(plan: Plan) -> PartitionSpec:
+    """Where the state's ``[frames, rows, columns, channels]`` lie."""
+    return PartitionSpec(None, plan.axis_names)
+
+
+def decode(vae: torch.nn.Module, x: torch.Tensor, state: list[torch.Tensor] | None = None):
+    """While tracing: latents ``[1, 16, T, h, w]`` → frames ``[1, 3, 4·T, 8·h, 8·w]`` in -1..1, and the new state.
+
+    Without a state it is a video's first latent frame alone, which makes one frame. The state is what every convolution
+    over time has seen last, ``[2, rows, columns, channels]`` each: zeros where there was nothing yet.
+    """
+    env, context = bridge.environment(), bridge.current_trace()
+    weights = {name: env.t2j_iso(weight) for name, weight in vae.decoder.named_parameters()}
+    weights |= {
+        f"post_quant_conv.{name}": env.t2j_iso(weight) for name, weight in vae.post_quant_conv.named_parameters()
+    }
+    x, state = env.t2j_iso((x, state))
+    levels = len(vae.decoder.up_blocks) - 1
+    axes = context.plan.axes
+    sideways = _spread_the_width(*x.shape[-2:], context.plan.chips)
+    if sideways:
+        weights = {name: w.swapaxes(-1, -2) if w.ndim >= 4 else w for name, w in weights.items()}
+    video = jnp.moveaxis(x[0], 0, -1)
+    video = video.swapaxes(1, 2) if sideways else video
+    total = video.shape[1]
+    rows = Rows(total, -(-total // context.plan.chips), axes)
+    video = jnp.pad(video, ((0, 0), (0, rows.local * rows.ways - total), (0, 0), (0, 0)))
+    run = functools.partial(_frames, vae.decoder, rows)
+    spec = spread_rows(context.plan)
+    frames, state = jax.shard_map(
+        run,
+        mesh=context.mesh,
+        in_specs=(PartitionSpec(), spec, spec),
+        out_specs=(spec, spec),
+        check_vma=False,
+    )(weights, video, state)
+    frames = frames[:, : total * 2**levels].reshape(*frames.shape[:1], total * 2**levels, -1, 3)
+    frames = jnp.moveaxis(frames.swapaxes(1, 2) if sideways else frames, -1, 0)[None]
+    return env.j2t_iso((frames, state))
+
+
+def _spread_the_width(height: int, width: int, chips: int) -> bool:
+    """Whether the width is better spread than the height: fewer rows to fill up, or columns nearer to tiles of 8."""
+
+    def waste(spread: int, other: int) -> tuple[float, float]:
+        return -(-spread // chips) * chips / spread, -(-other // 8) * 8 / other
+
+    return waste(width, height) < waste(height, width)
+
+
+def _frames(decoder: torch.nn.Module, rows: Rows, weights: dict, x: jax.Array, state: State | None):
+    """One device's part: ``[T, S, U, 16]`` → ``[4·T, 8·S, 4·U, 2·3]`` (columns in pairs), and its part of the state."""
+    run = _Run(weights, rows, state)
+    x = run.pointwise(x, "post_quant_conv")
+    x = run.causal(x, "conv_in")
+    x = run.resnet(x, "mid_block.resnets.0")
+    for index in range(len(decoder.mid_block.attentions)):
+        x = run.attention(x, f"mid_block.attentions.{index}")
+        x = run.resnet(x, f"mid_block.resnets.{index + 1}")
+    last = len(decoder.up_blocks) - 1
+    for number, block in enumerate(decoder.up_blocks):
+        for index in range(len(block.resnets)):
+            x = run.resnet(x, f"up_blocks.{number}.resnets.{index}")
+        if number < last:
+            name = f"up_blocks.{number}.upsamplers.0"
+            if block.upsamplers[0].mode == "upsample3d":
+                x = run.twice_the_frames(x, f"{name}.time_conv")
+            x = run.upsample(x, f"{name}.resample.1", in_pairs=number == last - 1)
+    x = run.causal(x, "conv_out", "norm_out")
+    return jnp.clip(x, -1.0, 1.0), run.state
+
+
+class _Run:
+    """One pass through the decoder; takes the old state's entries in order and collects the new ones.
+
+    Videos are ``[T, S, U, columns·C]``: in the last level two columns lie side by side.
+    """
+
+    def __init__(self, weights: dict[str, jax.Array], rows: Rows, state: State | None):
+        self.weights, self.rows, self.columns = weights, rows, 1
+        self.old: Iterator[jax.Array] | None = None if state is None else iter(state)
+        self.state: State = []
+
+    def causal(self, x: jax.Array, name: str, norm: str | None = None, residual: jax.Array | None = None) -> jax.Array:
+        """A 3 × 3 × 3 convolution of ``x``, normed first if a norm is named."""
+        x = self.rows.with_neighbours(self._after_the_past(x))
+        if norm is not None:
+            x = causal_conv.norm_silu(x, self.weights[f"{norm}.gamma"].reshape(-1), self.columns)
+        weight = causal_conv.weights_of(self.weights[f"{name}.weight"], self.columns)
+        wide = causal_conv.with_columns(x, self.columns)
+        if weight.shape[-1] <= FEW_OUTPUTS:
+            return causal_conv.convolve_to_few(wide, weight, self.weights[f"{name}.bias"])
+        return causal_conv.convolve(wide, weight, self.weights[f"{name}.bias"], residual)
+
+    def resnet(self, x: jax.Array, name: str) -> jax.Array:
+        shortcut = f"{name}.conv_shortcut"
+        residual = self.pointwise(x, shortcut) if f"{shortcut}.weight" in self.weights else x
+        x = self.causal(x, f"{name}.conv1", f"{name}.norm1")
+        return self.causal(x, f"{name}.conv2", f"{name}.norm2", residual)
+
+    def pointwise(self, x: jax.Array, name: str) -> jax.Array:
+        weight = self.weights[f"{name}.weight"]
+        matrix = weight.reshape(weight.shape[:2]).T
+        if self.columns > 1:
+            matrix = jnp.kron(jnp.eye(self.columns, dtype=matrix.dtype), matrix)
+        return x @ matrix + jnp.tile(self.weights[f"{name}.bias"], self.columns)
+
+    def attention(self, x: jax.Array, name: str) -> jax.Array:
+        """Every frame's positions to one another, one head."""
+        gain = self.weights[f"{name}.norm.gamma"].reshape(-1)
+        length = jnp.sqrt(jnp.sum(x * x, axis=-1, keepdims=True))
+        normed = x / jnp.maximum(length, 1e-12) * math.sqrt(gain.shape[0]) * gain
+        query, key, value = jnp.split(self.pointwise(normed, f"{name}.to_qkv"), 3, axis=-1)
+        tokens = lambda y: y.reshape(y.shape[0], 1, -1, y.shape[-1])  # noqa: E731
+        out = attention.attention(tokens(query), tokens(self.rows.whole(key)), tokens(self.rows.whole(value)))
+        return x + self.pointwise(out.reshape(x.shape), f"{name}.proj")
+
+    def twice_the_frames(self, x: jax.Array, name: str) -> jax.Array:
+        """Two frames from each by a convolution over time; a video's first frame stays one."""
+        if self.old is None:
+            self.state.append(jnp.zeros((PAST, *x.shape[1:]), x.dtype))  # it does not count as the past either
+            return x
+        x = self._after_the_past(x)
+        weight, bias = (self.weights[f"{name}.{kind}"] for kind in ("weight", "bias"))
+        taps = weight[..., 0].transpose(2, 3, 1, 0)
+        parts = zip(jnp.split(taps, 2, axis=-1), jnp.split(bias, 2), strict=True)
+        both = jnp.stack([causal_conv.convolve(x, *part) for part in parts], axis=1)
+        return both.reshape(-1, *both.shape[2:])
+
+    def upsample(self, x: jax.Array, name: str, in_pairs: bool) -> jax.Array:
+        """Twice the rows and the columns; these stay in pairs if so wanted."""
+        x = causal_conv.upsampled(x, self.weights[f"{name}.weight"], self.weights[f"{name}.bias"], self.rows)
+        self.rows = self.rows.doubled()
+        if in_pairs:
+            self.columns = 2
+            return x
+        return x.reshape(*x.shape[:2], 2 * x.shape[2], -1)
+
+    def _after_the_past(self, x: jax.Array) -> jax.Array:
+        """``x`` with the frames before it, whose last ones are the past of the next chunk."""
+        past = next(self.old) if self.old is not None else jnp.zeros((PAST, *x.shape[1:]), x.dtype)
+        x = jnp.concatenate([past, x])
+        self.state.append(x[-PAST:])
+        return x

@@ -1,0 +1,154 @@
+"""Causal 3-D convolutions of videos whose rows are spread over devices, for use inside ``jax.shard_map``.
+
+A video is ``[T, S, U, C]``: frames, rows (spread: each device has the same number of them), columns, channels. A TPU
+convolves well where the batch is on the sublanes and taps run over leading axes. So the taps along the columns are made
+channels first (:func:`with_columns`), and what is left is a convolution over frames and rows of which the columns are
+the batch: nothing is shifted within a tile, and nothing is turned between two layers.
+
+Channels few enough to leave most of the matrix unit's width idle go better in pairs of columns, ``[T, S, U/2, 2·C]``.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import jax
+import jax.numpy as jnp
+
+KERNEL = 3  # of every axis; the past that a causal convolution needs is one less
+PAST = KERNEL - 1
+_DIMENSIONS = ("HWNC", "HWIO", "HWNC")
+
+
+@dataclass(frozen=True)
+class Rows:
+    """How a video's rows lie over devices.
+
+    Attributes:
+        total: rows there are; the last devices may have some beyond, which hold anything.
+        local: rows of each device.
+        axes: mesh axes they are spread over, and their sizes.
+    """
+
+    total: int
+    local: int
+    axes: tuple[tuple[str, int], ...]
+
+    @property
+    def ways(self) -> int:
+        return math.prod(size for _, size in self.axes)
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        return tuple(name for name, _ in self.axes)
+
+    def doubled(self) -> Rows:
+        return Rows(2 * self.total, 2 * self.local, self.axes)
+
+    def real(self, x: jax.Array) -> jax.Array:
+        """``[T, S, U, C]`` with zeros in the rows that are none."""
+        if self.total == self.local * self.ways:
+            return x
+        row = jax.lax.axis_index(self.names) * self.local + jnp.arange(self.local)
+        return jnp.where((row < self.total)[:, None, None], x, 0)
+
+    def with_neighbours(self, x: jax.Array) -> jax.Array:
+        """``[T, S, U, C]`` → ``[T, S+2, U, C]``: with the row before and the row after, zeros beyond the picture."""
+        x = self.real(x)
+        before, after = self._from(x[:, -1:], 1), self._from(x[:, :1], -1)
+        return jnp.concatenate([before, x, after], axis=1)
+
+    def whole(self, x: jax.Array) -> jax.Array:
+        """``[T, S, U, C]`` → ``[T, total, U, C]``, the same on every device."""
+        if self.ways > 1:
+            x = jax.lax.all_gather(x, self.names, axis=1, tiled=True)
+        return x[:, : self.total]
+
+    def _from(self, row: jax.Array, step: int) -> jax.Array:
+        if self.ways == 1:
+            return jnp.zeros_like(row)
+        pairs = [(i, i + step) for i in range(self.ways) if 0 <= i + step < self.ways]
+        return jax.lax.ppermute(row, self.names, pairs)
+
+
+def norm_silu(x: jax.Array, gain: jax.Array, columns: int = 1) -> jax.Array:
+    """SiLU of the RMS norm over channels, ``x / max(|x|, 1e-12) · √C · gain``; ``columns`` of them lie side by side.
+
+    Zeros stay zeros.
+    """
+    channels = gain.shape[0]
+    # The sums as a product, which has each of them in all its lanes: one pass over the video, where sums of some lanes
+    # and their way back into them are three.
+    of_column = jnp.kron(jnp.eye(columns, dtype=x.dtype), jnp.ones((channels, channels), x.dtype))
+    scale = jax.lax.rsqrt(jnp.maximum((x * x) @ of_column, 1e-24))
+    return jax.nn.silu(x * scale * (jnp.tile(gain, columns) * math.sqrt(channels)))
+
+
+def with_columns(x: jax.Array, columns: int = 1) -> jax.Array:
+    """``[T, S, U, columns·C]`` → ``[T, S, U, (columns + 2)·C]``: each with the column before it and the one after."""
+    channels = x.shape[-1] // columns
+    padded = jnp.pad(x, ((0, 0), (0, 0), (1, 1), (0, 0)))
+    before, after = padded[:, :, :-2, (columns - 1) * channels :], padded[:, :, 2:, :channels]
+    return jnp.concatenate([before, x, after], axis=-1)
+
+
+def weights_of(weight: jax.Array, columns: int = 1) -> jax.Array:
+    """``[O, C, t, s, 3]`` → ``[t, s, (columns + 2)·C, columns·O]``, to go with :func:`with_columns`."""
+    taps = weight.transpose(2, 3, 4, 1, 0)
+    shifted = [jnp.pad(taps, ((0, 0), (0, 0), (at, columns - 1 - at), (0, 0), (0, 0))) for at in range(columns)]
+    made = jnp.stack(shifted, axis=4)
+    return made.reshape(*made.shape[:2], made.shape[2] * made.shape[3], -1)
+
+
+def convolve(x: jax.Array, weight: jax.Array, bias: jax.Array, residual: jax.Array | None = None) -> jax.Array:
+    """``[T, S, U, C]`` by ``[t, s, C, O]`` without padding, plus bias ``[O]`` (or of one of several columns)."""
+    out = jax.lax.conv_general_dilated(x, weight, (1, 1), "VALID", dimension_numbers=_DIMENSIONS)
+    out = out + jnp.tile(bias, weight.shape[-1] // bias.shape[0])
+    return out if residual is None else out + residual
+
+
+def convolve_to_few(x: jax.Array, weight: jax.Array, bias: jax.Array) -> jax.Array:
+    """:func:`convolve` for few outputs O, which would leave the matrix unit idle: all taps' products at once, then sums.
+
+    Float32 sums of the same products, in another order.
+    """
+    frames, rows, channels, few = weight.shape
+    products = x @ weight.transpose(2, 0, 1, 3).reshape(channels, -1)
+    products = products.reshape(*products.shape[:-1], frames, rows, few)
+    kept = [size - taps + 1 for size, taps in zip(x.shape, (frames, rows), strict=False)]
+    out = jnp.tile(bias, few // bias.shape[0])
+    for t in range(frames):
+        for s in range(rows):
+            out = out + products[t : t + kept[0], s : s + kept[1], :, t, s]
+    return out
+
+
+def upsampled(x: jax.Array, weight: jax.Array, bias: jax.Array, rows: Rows) -> jax.Array:
+    """Every row and column twice, then a 3 × 3 convolution: ``[T, S, U, C]`` → ``[T, 2·S, U, 2·O]``, columns in pairs.
+
+    A doubled picture's neighbours are alike, so each of the four results is two by two sums of the weights at single
+    size: four ninths of the products.
+
+    Args:
+        weight: ``[O, C, 3 (rows), 3 (columns)]``.
+    """
+    taps = weight.transpose(2, 3, 1, 0)  # rows, columns, C, O
+    first, middle, last = taps
+    by_row = (jnp.stack([first, middle + last]), jnp.stack([first + middle, last]))
+    wide = with_columns(rows.with_neighbours(x))
+    made = [
+        convolve(wide[:, at : at + rows.local + 1], _column_pair(part)[None], bias) for at, part in enumerate(by_row)
+    ]
+    both = jnp.stack(made, axis=2)
+    return both.reshape(both.shape[0], -1, *both.shape[3:])
+
+
+def _column_pair(taps: jax.Array) -> jax.Array:
+    """``[rows, 3, C, O]`` → ``[rows, 3·C, 2·O]``."""
+    first, middle, last = jnp.moveaxis(taps, 1, 0)
+    none = jnp.zeros_like(first)
+    left = jnp.stack([first, middle + last, none], axis=1)
+    right = jnp.stack([none, first + middle, last], axis=1)
+    both = jnp.stack([left, right], axis=3)
+    return both.reshape(both.shape[0], -1, 2 * taps.shape[-1])
