@@ -22,8 +22,6 @@ from comfyui_tpu.runtime.plan import Plan
 
 State = list[jax.Array]
 
-FEW_OUTPUTS = 8  # of a convolution; here it is the last, to red, green and blue of two columns
-
 
 def spread_rows(plan: Plan) -> PartitionSpec:
     """Where the state's ``[frames, rows, columns, channels]`` lie."""
@@ -93,7 +91,7 @@ def _frames(decoder: torch.nn.Module, rows: Rows, weights: dict, x: jax.Array, s
             if block.upsamplers[0].mode == "upsample3d":
                 x = run.twice_the_frames(x, f"{name}.time_conv")
             x = run.upsample(x, f"{name}.resample.1", in_pairs=number == last - 1)
-    x = run.causal(x, "conv_out", "norm_out")
+    x = run.causal(x, "conv_out", "norm_out", to_colours=True)
     return jnp.clip(x, -1.0, 1.0), run.state
 
 
@@ -108,14 +106,21 @@ class _Run:
         self.old: Iterator[jax.Array] | None = None if state is None else iter(state)
         self.state: State = []
 
-    def causal(self, x: jax.Array, name: str, norm: str | None = None, residual: jax.Array | None = None) -> jax.Array:
+    def causal(
+        self,
+        x: jax.Array,
+        name: str,
+        norm: str | None = None,
+        residual: jax.Array | None = None,
+        to_colours: bool = False,
+    ) -> jax.Array:
         """A 3 × 3 × 3 convolution of ``x``, normed first if a norm is named."""
         x = self.rows.with_neighbours(self._after_the_past(x))
         if norm is not None:
             x = causal_conv.norm_silu(x, self.weights[f"{norm}.gamma"].reshape(-1), self.columns)
         weight = causal_conv.weights_of(self.weights[f"{name}.weight"], self.columns)
         wide = causal_conv.with_columns(x, self.columns)
-        if weight.shape[-1] <= FEW_OUTPUTS:
+        if to_colours:
             return causal_conv.convolve_to_few(wide, weight, self.weights[f"{name}.bias"])
         return causal_conv.convolve(wide, weight, self.weights[f"{name}.bias"], residual)
 

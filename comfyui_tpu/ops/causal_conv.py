@@ -109,7 +109,7 @@ def convolve(x: jax.Array, weight: jax.Array, bias: jax.Array, residual: jax.Arr
 
 
 def convolve_to_few(x: jax.Array, weight: jax.Array, bias: jax.Array) -> jax.Array:
-    """:func:`convolve` for few outputs O, which would leave the matrix unit idle: all taps' products at once, then sums.
+    """:func:`convolve` for few outputs, which leave the matrix unit idle: the products of all taps at once, then sums.
 
     Float32 sums of the same products, in another order.
     """
