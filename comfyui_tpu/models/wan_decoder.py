@@ -7,7 +7,6 @@ pieces to have a batch, and copies every activation for it several times.
 from __future__ import annotations
 
 import functools
-import math
 from collections.abc import Iterator
 
 import jax
@@ -17,6 +16,7 @@ from jax.sharding import PartitionSpec
 
 from comfyui_tpu.ops import attention, causal_conv
 from comfyui_tpu.ops.causal_conv import PAST, Rows
+from comfyui_tpu.ops.padding import pad_to_multiple
 from comfyui_tpu.runtime import bridge
 from comfyui_tpu.runtime.plan import Plan
 
@@ -41,15 +41,14 @@ def decode(vae: torch.nn.Module, x: torch.Tensor, state: list[torch.Tensor] | No
     }
     x, state = env.t2j_iso((x, state))
     levels = len(vae.decoder.up_blocks) - 1
-    axes = context.plan.axes
     sideways = _spread_the_width(*x.shape[-2:], context.plan.chips)
     if sideways:
         weights = {name: w.swapaxes(-1, -2) if w.ndim >= 4 else w for name, w in weights.items()}
     video = jnp.moveaxis(x[0], 0, -1)
     video = video.swapaxes(1, 2) if sideways else video
     total = video.shape[1]
-    rows = Rows(total, -(-total // context.plan.chips), axes)
-    video = jnp.pad(video, ((0, 0), (0, rows.local * rows.ways - total), (0, 0), (0, 0)))
+    video = pad_to_multiple(video, 1, context.plan.chips)
+    rows = Rows(total, video.shape[1] // context.plan.chips, context.plan.axes)
     run = functools.partial(_frames, vae.decoder, rows)
     spec = spread_rows(context.plan)
     frames, state = jax.shard_map(
@@ -117,7 +116,7 @@ class _Run:
         """A 3 × 3 × 3 convolution of ``x``, normed first if a norm is named."""
         x = self.rows.with_neighbours(self._after_the_past(x))
         if norm is not None:
-            x = causal_conv.norm_silu(x, self.weights[f"{norm}.gamma"].reshape(-1), self.columns)
+            x = jax.nn.silu(causal_conv.rms_norm(x, self.weights[f"{norm}.gamma"].reshape(-1), self.columns))
         weight = causal_conv.weights_of(self.weights[f"{name}.weight"], self.columns)
         wide = causal_conv.with_columns(x, self.columns)
         bias = self.weights[f"{name}.bias"]
@@ -140,9 +139,7 @@ class _Run:
 
     def attention(self, x: jax.Array, name: str) -> jax.Array:
         """Every frame's positions to one another, one head."""
-        gain = self.weights[f"{name}.norm.gamma"].reshape(-1)
-        length = jnp.sqrt(jnp.sum(x * x, axis=-1, keepdims=True))
-        normed = x / jnp.maximum(length, 1e-12) * math.sqrt(gain.shape[0]) * gain
+        normed = causal_conv.rms_norm(x, self.weights[f"{name}.norm.gamma"].reshape(-1))
         query, key, value = jnp.split(self.pointwise(normed, f"{name}.to_qkv"), 3, axis=-1)
         tokens = lambda y: y.reshape(y.shape[0], 1, -1, y.shape[-1])  # noqa: E731
         out = attention.attention(tokens(query), tokens(self.rows.whole(key)), tokens(self.rows.whole(value)))

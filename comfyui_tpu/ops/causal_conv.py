@@ -72,8 +72,8 @@ class Rows:
         return jax.lax.ppermute(row, self.names, pairs)
 
 
-def norm_silu(x: jax.Array, gain: jax.Array, columns: int = 1) -> jax.Array:
-    """SiLU of the RMS norm over channels, ``x / max(|x|, 1e-12) · √C · gain``; ``columns`` of them lie side by side.
+def rms_norm(x: jax.Array, gain: jax.Array, columns: int = 1) -> jax.Array:
+    """The RMS norm over channels, ``x / max(|x|, 1e-12) · √C · gain``; ``columns`` of them lie side by side.
 
     Zeros stay zeros.
     """
@@ -82,7 +82,7 @@ def norm_silu(x: jax.Array, gain: jax.Array, columns: int = 1) -> jax.Array:
     # and their way back into them are three.
     of_column = jnp.kron(jnp.eye(columns, dtype=x.dtype), jnp.ones((channels, channels), x.dtype))
     scale = jax.lax.rsqrt(jnp.maximum((x * x) @ of_column, 1e-24))
-    return jax.nn.silu(x * scale * (jnp.tile(gain, columns) * math.sqrt(channels)))
+    return x * scale * (jnp.tile(gain, columns) * math.sqrt(channels))
 
 
 def with_columns(x: jax.Array, columns: int = 1) -> jax.Array:

@@ -78,7 +78,7 @@ def test_the_norm_is_of_each_column(columns):
     if columns == 1:
         video = video[..., :5]
     video[0, 0, 0] = 0
-    out = np.asarray(causal_conv.norm_silu(video, gain, columns)).reshape(-1, 5)
+    out = np.asarray(jax.nn.silu(causal_conv.rms_norm(video, gain, columns))).reshape(-1, 5)
     normed = torch.nn.functional.normalize(torch.from_numpy(video).reshape(-1, 5), dim=1) * 5**0.5
     np.testing.assert_allclose(out, torch.nn.functional.silu(normed * torch.from_numpy(gain)).numpy(), atol=1e-5)
     assert not out[0].any()
