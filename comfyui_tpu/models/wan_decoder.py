@@ -49,7 +49,8 @@ def decode(vae: torch.nn.Module, x: torch.Tensor, state: list[torch.Tensor] | No
     total = video.shape[1]
     video = pad_to_multiple(video, 1, context.plan.chips)
     rows = Rows(total, video.shape[1] // context.plan.chips, context.plan.axes)
-    run = functools.partial(_frames, vae.decoder, rows)
+    on_tpu = context.mesh.devices.flat[0].platform == "tpu"
+    run = functools.partial(_frames, vae.decoder, rows, on_tpu)
     spec = spread_rows(context.plan)
     frames, state = jax.shard_map(
         run,
@@ -72,11 +73,11 @@ def _spread_the_width(height: int, width: int, chips: int) -> bool:
     return waste(width, height) < waste(height, width)
 
 
-def _frames(decoder: torch.nn.Module, rows: Rows, weights: dict, x: jax.Array, state: State | None):
+def _frames(decoder: torch.nn.Module, rows: Rows, kernels: bool, weights: dict, x: jax.Array, state: State | None):
     """One device's part: ``[T, S, U, 16]`` → ``[4·T, 8·S, 4·U, 2·3]`` (columns in pairs), and its part of the state."""
-    run = _Run(weights, rows, state)
+    run = _Run(weights, rows, kernels, state)
     x = run.pointwise(x, "post_quant_conv")
-    x = run.causal(x, "conv_in")
+    x = run.causal(*run.past_of(x), "conv_in")
     x = run.resnet(x, "mid_block.resnets.0")
     for index in range(len(decoder.mid_block.attentions)):
         x = run.attention(x, f"mid_block.attentions.{index}")
@@ -90,7 +91,7 @@ def _frames(decoder: torch.nn.Module, rows: Rows, weights: dict, x: jax.Array, s
             if block.upsamplers[0].mode == "upsample3d":
                 x = run.twice_the_frames(x, f"{name}.time_conv")
             x = run.upsample(x, f"{name}.resample.1", in_pairs=number == last - 1)
-    x = run.causal(x, "conv_out", "norm_out", to_colours=True)
+    x = run.causal(*run.past_of(x), "conv_out", "norm_out", to_colours=True)
     return jnp.clip(x, -1.0, 1.0), run.state
 
 
@@ -100,35 +101,49 @@ class _Run:
     Videos are ``[T, S, U, columns·C]``: in the last level two columns lie side by side.
     """
 
-    def __init__(self, weights: dict[str, jax.Array], rows: Rows, state: State | None):
-        self.weights, self.rows, self.columns = weights, rows, 1
+    def __init__(self, weights: dict[str, jax.Array], rows: Rows, kernels: bool, state: State | None):
+        self.weights, self.rows, self.kernels, self.columns = weights, rows, kernels, 1
         self.old: Iterator[jax.Array] | None = None if state is None else iter(state)
         self.state: State = []
 
+    def past_of(self, x: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """The frames before ``x``, and ``x``, whose last ones are the past of the next chunk."""
+        past = next(self.old) if self.old is not None else jnp.zeros((PAST, *x.shape[1:]), x.dtype)
+        last = jnp.concatenate([past, x[-PAST:]])[-PAST:]
+        # Kept before x is used. Left to itself, XLA cuts the state at the end, and until then holds every layer's whole
+        # video in HBM for it. (After the layer would save a copy, 2 % of the time, but takes 2.5 GiB more.)
+        last, x = jax.lax.optimization_barrier((last, x))
+        self.state.append(last)
+        return past, x
+
     def causal(
         self,
+        past: jax.Array,
         x: jax.Array,
         name: str,
         norm: str | None = None,
         residual: jax.Array | None = None,
         to_colours: bool = False,
     ) -> jax.Array:
-        """A 3 × 3 × 3 convolution of ``x``, normed first if a norm is named."""
-        x = self.rows.with_neighbours(self._after_the_past(x))
-        if norm is not None:
-            x = jax.nn.silu(causal_conv.rms_norm(x, self.weights[f"{norm}.gamma"].reshape(-1), self.columns))
+        """A 3 × 3 × 3 convolution of ``x`` after its ``past``, normed first if a norm is named."""
+        if norm is None:
+            wide = causal_conv.with_columns(self.rows.with_neighbours(jnp.concatenate([past, x])), self.columns)
+        else:
+            gain = self.weights[f"{norm}.gamma"].reshape(-1)
+            wide = causal_conv.normed_columns(past, x, gain, self.rows, self.columns, self.kernels)
         weight = causal_conv.weights_of(self.weights[f"{name}.weight"], self.columns)
-        wide = causal_conv.with_columns(x, self.columns)
         bias = self.weights[f"{name}.bias"]
         if to_colours:
             return causal_conv.convolve_to_few(wide, weight, bias)
         return causal_conv.convolve(wide, weight, bias, residual)
 
     def resnet(self, x: jax.Array, name: str) -> jax.Array:
+        # The residual is what has its past, so that XLA does not lay out twice what it was before.
+        past, x = self.past_of(x)
         shortcut = f"{name}.conv_shortcut"
         residual = self.pointwise(x, shortcut) if f"{shortcut}.weight" in self.weights else x
-        x = self.causal(x, f"{name}.conv1", f"{name}.norm1")
-        return self.causal(x, f"{name}.conv2", f"{name}.norm2", residual)
+        x = self.causal(past, x, f"{name}.conv1", f"{name}.norm1")
+        return self.causal(*self.past_of(x), f"{name}.conv2", f"{name}.norm2", residual)
 
     def pointwise(self, x: jax.Array, name: str) -> jax.Array:
         weight = self.weights[f"{name}.weight"]
@@ -150,7 +165,7 @@ class _Run:
         if self.old is None:
             self.state.append(jnp.zeros((PAST, *x.shape[1:]), x.dtype))  # it does not count as the past either
             return x
-        x = self._after_the_past(x)
+        x = jnp.concatenate(self.past_of(x))
         weight, bias = (self.weights[f"{name}.{kind}"] for kind in ("weight", "bias"))
         taps = weight[..., 0].transpose(2, 3, 1, 0)
         parts = zip(jnp.split(taps, 2, axis=-1), jnp.split(bias, 2), strict=True)
@@ -165,13 +180,3 @@ class _Run:
             self.columns = 2
             return x
         return x.reshape(*x.shape[:2], 2 * x.shape[2], -1)
-
-    def _after_the_past(self, x: jax.Array) -> jax.Array:
-        """``x`` with the frames before it, whose last ones are the past of the next chunk."""
-        past = next(self.old) if self.old is not None else jnp.zeros((PAST, *x.shape[1:]), x.dtype)
-        last = jnp.concatenate([past, x[-PAST:]])[-PAST:]
-        # Kept before x is used. Left to itself, XLA cuts the state at the end, and until then holds every layer's whole
-        # video in HBM for it. (After the layer would save a copy, 2 % of the time, but takes 2.5 GiB more.)
-        last, x = jax.lax.optimization_barrier((last, x))
-        self.state.append(last)
-        return jnp.concatenate([past, x])

@@ -16,6 +16,9 @@ from dataclasses import dataclass
 import jax
 import jax.numpy as jnp
 
+from comfyui_tpu.ops import column_kernels
+from comfyui_tpu.ops.column_kernels import Part
+
 KERNEL = 3  # of every axis; the past that a causal convolution needs is one less
 PAST = KERNEL - 1
 _DIMENSIONS = ("HWNC", "HWIO", "HWNC")
@@ -50,14 +53,21 @@ class Rows:
         """``[T, S, U, C]`` with zeros in the rows that are none."""
         if self.total == self.local * self.ways:
             return x
-        row = jax.lax.axis_index(self.names) * self.local + jnp.arange(self.local)
-        return jnp.where((row < self.total)[:, None, None], x, 0)
+        return jnp.where((jnp.arange(self.local) < self.count())[:, None, None], x, 0)
+
+    def count(self) -> jax.Array:
+        """How many of this device's rows are real; below 0 where even the one before is none."""
+        return self.total - jax.lax.axis_index(self.names) * self.local
 
     def with_neighbours(self, x: jax.Array) -> jax.Array:
         """``[T, S, U, C]`` → ``[T, S+2, U, C]``: with the row before and the row after, zeros beyond the picture."""
         x = self.real(x)
-        before, after = self._from(x[:, -1:], 1), self._from(x[:, :1], -1)
+        before, after = self.neighbours(x)
         return jnp.concatenate([before, x, after], axis=1)
+
+    def neighbours(self, x: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """The row before ``x`` ``[T, S, U, C]`` and the row after it, ``[T, 1, U, C]``; zeros beyond the picture."""
+        return self._from(self.real(x)[:, -1:], 1), self._from(self.real(x)[:, :1], -1)
 
     def whole(self, x: jax.Array) -> jax.Array:
         """``[T, S, U, C]`` → ``[T, total, U, C]``, the same on every device."""
@@ -83,6 +93,40 @@ def rms_norm(x: jax.Array, gain: jax.Array, columns: int = 1) -> jax.Array:
     of_column = jnp.kron(jnp.eye(columns, dtype=x.dtype), jnp.ones((channels, channels), x.dtype))
     scale = jax.lax.rsqrt(jnp.maximum((x * x) @ of_column, 1e-24))
     return x * scale * (jnp.tile(gain, columns) * math.sqrt(channels))
+
+
+def normed_columns(
+    past: jax.Array,
+    x: jax.Array,
+    gain: jax.Array,
+    rows: Rows,
+    columns: int = 1,
+    kernel: bool = False,
+    interpret: bool = False,
+) -> jax.Array:
+    """What a causal convolution of ``silu(rms_norm(x))`` reads, see :func:`with_columns`.
+
+    Args:
+        past: ``[2, S, U, columns·C]``, the frames before ``x`` ``[T, S, U, columns·C]``.
+        gain: ``[C]``.
+        kernel: run the Pallas kernel where it fits; it needs a TPU, or ``interpret``.
+        interpret: run it in Pallas' interpreter (any backend; for tests).
+
+    Returns:
+        ``[T+2, S+2, U, (columns + 2)·C]``.
+    """
+    if not (kernel and column_kernels.fits(gain.shape[0], columns)):
+        video = rows.with_neighbours(jnp.concatenate([past, x]))
+        return with_columns(jax.nn.silu(rms_norm(video, gain, columns)), columns)
+    turned = lambda video: video.swapaxes(2, 3)  # noqa: E731
+    edges = [jnp.concatenate(each) for each in zip(rows.neighbours(past), rows.neighbours(x), strict=True)]
+    real = None if rows.total == rows.local * rows.ways else rows.count()[None]
+    parts = [
+        Part(turned(jnp.concatenate(edges, axis=1)), frame=0, row=0, apart=rows.local + 1),
+        Part(turned(past), frame=0, row=1, real=real),
+        Part(turned(x), frame=PAST, row=1, real=real),
+    ]
+    return turned(column_kernels.normed_columns(parts, gain, PAST + x.shape[0], rows.local + 2, columns, interpret))
 
 
 def with_columns(x: jax.Array, columns: int = 1) -> jax.Array:

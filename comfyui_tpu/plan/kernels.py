@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 
-from comfyui_tpu.ops import row_kernels
+from comfyui_tpu.ops import column_kernels, row_kernels
 from comfyui_tpu.ops.splash_blocks import estimated_cycles
 from comfyui_tpu.plan import hlo
 from comfyui_tpu.plan.hardware import GENERATIONS
@@ -23,16 +23,25 @@ class OurKernels:
 
     def __call__(self, instruction: hlo.Instruction) -> int | None:
         """Of a kernel in ``comfyui_tpu/ops``; None for another."""
-        return self._of_rows(instruction) or self._of_attention(instruction)
+        return self._of_rows(instruction) or self._of_columns(instruction) or self._of_attention(instruction)
 
     def _of_rows(self, instruction: hlo.Instruction) -> int | None:
-        """Of one in ``row_kernels``, from its rows ``[B, S, C]`` and its bytes: it computes while they move."""
-        rows, moved = _ROWS.search(instruction.shape), _BYTES.search(instruction.attributes)
-        name, generation = instruction.kernel_name, GENERATIONS[self.generation]
-        if not rows or not moved:
+        """Of one in ``row_kernels``, from its rows ``[B, S, C]``."""
+        rows, name = _ROWS.search(instruction.shape), instruction.kernel_name
+        shape = map(int, rows.groups()) if rows else ()
+        return self._while_moving(instruction, rows and row_kernels.estimated_cycles(name, self.generation, *shape))
+
+    def _of_columns(self, instruction: hlo.Instruction) -> int | None:
+        """Of the one in ``column_kernels``, from the flop it declares."""
+        name, flops = instruction.kernel_name, instruction.kernel_flops or 0
+        return self._while_moving(instruction, column_kernels.estimated_cycles(name, self.generation, flops))
+
+    def _while_moving(self, instruction: hlo.Instruction, computing: float | None) -> int | None:
+        """Of a kernel that computes while its bytes move to and from HBM."""
+        moved, generation = _BYTES.search(instruction.attributes), GENERATIONS[self.generation]
+        if not computing or not moved:
             return None
-        computing = row_kernels.estimated_cycles(name, self.generation, *map(int, rows.groups()))
-        return computing and round(max(computing, int(moved.group(1)) / generation.hbm_bandwidth * generation.clock))
+        return round(max(computing, int(moved.group(1)) / generation.hbm_bandwidth * generation.clock))
 
     def _of_attention(self, instruction: hlo.Instruction) -> int | None:
         """Of ``splash_attention``, from the flop it declares and its results: ``[batch, queries, channels]``, and a

@@ -6,7 +6,7 @@ import pytest
 import torch
 from jax.sharding import Mesh, PartitionSpec
 
-from comfyui_tpu.ops import causal_conv
+from comfyui_tpu.ops import causal_conv, column_kernels
 from comfyui_tpu.ops.causal_conv import Rows
 
 # Rows that divide by the devices, rows that leave the last ones half or wholly empty, and one device.
@@ -15,6 +15,12 @@ LAYOUTS = [(16, 8), (13, 8), (9, 4), (6, 1)]
 
 def spread(run, video, rows, chips, *weights):
     """``run(rows, video, *weights)`` on ``chips`` devices; what the filled-up rows give is cut off."""
+    out = everywhere(run, video, rows, chips, *weights)
+    return out[:, : out.shape[1] // (-(-rows // chips) * chips) * rows]
+
+
+def everywhere(run, video, rows, chips, *weights):
+    """All rows that ``run(rows, video, *weights)`` makes on ``chips`` devices."""
     local = -(-rows // chips)
     layout = Rows(rows, local, (("a", 2), ("b", chips // 2)) if chips > 1 else (("a", 1),))
     mesh = Mesh(np.array(jax.devices()[:chips]).reshape([size for _, size in layout.axes]), layout.names)
@@ -28,8 +34,7 @@ def spread(run, video, rows, chips, *weights):
         out_specs=by_rows,
         check_vma=False,
     )
-    out = np.asarray(jax.jit(body)(padded, *weights))
-    return out[:, : out.shape[1] // (local * chips) * rows]
+    return jax.tree.map(np.asarray, jax.jit(body)(padded, *weights))
 
 
 def random(*shape):
@@ -82,6 +87,27 @@ def test_the_norm_is_of_each_column(columns):
     normed = torch.nn.functional.normalize(torch.from_numpy(video).reshape(-1, 5), dim=1) * 5**0.5
     np.testing.assert_allclose(out, torch.nn.functional.silu(normed * torch.from_numpy(gain)).numpy(), atol=1e-5)
     assert not out[0].any()
+
+
+@pytest.mark.parametrize("columns", [1, 2])
+@pytest.mark.parametrize(("width", "rows", "chips"), [(12, 16, 8), (130, 13, 8), (256, 9, 4), (128, 6, 1)])
+def test_the_kernel_makes_the_columns_that_plain_jax_makes(width, rows, chips, columns):
+    """Widths that fill their lanes and some that do not; rows that are none on the last devices or whole ones."""
+    video, gain = random(5, rows, width, 8 * columns), random(8)
+
+    def run(layout, x, gain):
+        return [causal_conv.normed_columns(x[:2], x[2:], gain, layout, columns, kernel, True) for kernel in (0, 1)]
+
+    expected, made = everywhere(run, video, rows, chips, gain)
+    assert made.shape == (5, chips * (-(-rows // chips) + 2), width, 8 * (columns + 2))
+    np.testing.assert_allclose(made, expected, rtol=1e-6, atol=1e-6)
+
+
+def test_the_kernel_is_not_asked_for_channels_that_xla_lays_along_the_lanes():
+    assert column_kernels.fits(96, columns=2)
+    assert column_kernels.fits(192, columns=1)
+    assert not column_kernels.fits(384, columns=1)  # three times 128
+    assert not column_kernels.fits(4, columns=1)  # not a whole register
 
 
 def test_the_whole_picture_has_no_rows_that_are_none():

@@ -1,4 +1,4 @@
-"""The row kernels compile in every generation's default VMEM limit, and take the cycles that the planner thinks.
+"""The kernels of rows and of columns compile within every generation's VMEM limit, and take as long as planned."""
 
 In a process of its own for each: the compiler reads where to write its schedules once.
 """
@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from comfyui_tpu.bench.compiling import environment
+from comfyui_tpu.ops import column_kernels
 from comfyui_tpu.ops.row_kernels import estimated_cycles
 from comfyui_tpu.plan import bundles
 from comfyui_tpu.plan.hardware import GENERATIONS
@@ -21,6 +22,7 @@ PROGRAM = """
 import json, sys
 import jax, jax.numpy as jnp, numpy as np
 from jax.sharding import Mesh, PartitionSpec
+from comfyui_tpu.ops.column_kernels import Part, normed_columns
 from comfyui_tpu.ops.rows import layer_norm_modulate, layer_norm_rotary, rms_norm_rotary
 from comfyui_tpu.plan import hlo
 from comfyui_tpu.plan.hardware import describe_devices, parse
@@ -41,6 +43,13 @@ calls = [
     (lambda x, w, *t: layer_norm_rotary(x, w, w, **angles(*t), heads=48, **place),
      (of(1, 4979, 3072), of(64), *tables(4979, 64))),
 ]
+rows_of = lambda *shape: of(*shape, dtype=jnp.float32)
+columns = [
+    (lambda x, g: normed_columns([Part(x, 0, 0)], g, *x.shape[:2], 2), (rows_of(2, 60, 192, 360), of(96))),
+]
+wide_columns = [
+    (lambda x, g: normed_columns([Part(x, 0, 0)], g, *x.shape[:2], 1), (rows_of(2, 60, 192, 640), of(192))),
+]
 edges = [
     (lambda x: layer_norm_modulate(x, **place), (of(2, 77, 18432),)),
     (lambda x: layer_norm_modulate(x, out_dtype=jnp.bfloat16, **place), (of(1, 9450, 5120, dtype=jnp.float32),)),
@@ -49,7 +58,8 @@ edges = [
      (of(2, 512, 5120, dtype=jnp.float32), of(5120), *tables(512, 128))),
 ]
 found = []
-for call, given in edges if "edges" in sys.argv else calls:
+cases = {"rows": calls, "edges": edges, "columns": columns, "wide columns": wide_columns}
+for call, given in cases[sys.argv[2]]:
     text = jax.jit(call).trace(*given).lower(lowering_platforms=("tpu",)).compile().as_text()
     module = hlo.parse(text)
     (kernel,) = [i for c in module.computations.values() for i in c if i.custom_call_target == "tpu_custom_call"]
@@ -77,11 +87,23 @@ def counted(schedule: bundles.Schedule) -> float:
 @pytest.mark.parametrize("generation", TOPOLOGIES)
 def test_the_kernels_compile_and_take_the_cycles_that_the_planner_thinks(generation, tmp_path):
     hardware = GENERATIONS[generation]
-    for (name, planned), shape in zip(compiled(tmp_path, TOPOLOGIES[generation]), SHAPES, strict=True):
+    for (name, planned), shape in zip(compiled(tmp_path, TOPOLOGIES[generation], "rows"), SHAPES, strict=True):
         estimate = estimated_cycles(name, generation, *shape)
         assert estimate == pytest.approx(counted(bundles.read(tmp_path, name)), rel=0.1), name
         through_hbm = 4 * math.prod(shape) / hardware.hbm_bandwidth * hardware.clock
         assert max(estimate, through_hbm) - 1 <= planned <= max(estimate, 1.2 * through_hbm) + 1, name
+
+
+@pytest.mark.parametrize(("which", "values"), [("columns", 120 * 192 * 384), ("wide columns", 120 * 192 * 640)])
+@pytest.mark.parametrize("generation", TOPOLOGIES)
+def test_the_kernel_of_columns_compiles_and_takes_at_most_the_cycles_of_the_planner(
+    generation, which, values, tmp_path
+):
+    ((name, planned),) = compiled(tmp_path, TOPOLOGIES[generation], which)
+    cycles = counted(bundles.read(tmp_path, name))
+    estimate = column_kernels.estimated_cycles(name, generation, column_kernels.FLOPS * values)
+    assert 0.7 * estimate <= cycles <= estimate
+    assert planned >= round(estimate)
 
 
 def test_wide_rows_float32_and_few_rows_compile_in_the_smallest_limit(tmp_path):
