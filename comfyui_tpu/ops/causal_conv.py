@@ -122,9 +122,9 @@ def normed_columns(
     edges = [jnp.concatenate(each) for each in zip(rows.neighbours(past), rows.neighbours(x), strict=True)]
     real = None if rows.total == rows.local * rows.ways else rows.count()[None]
     parts = [
-        Part(turned(jnp.concatenate(edges, axis=1)), frame=0, row=0, apart=rows.local + 1),
-        Part(turned(past), frame=0, row=1, real=real),
         Part(turned(x), frame=PAST, row=1, real=real),
+        Part(turned(past), frame=0, row=1, real=real),
+        Part(turned(jnp.concatenate(edges, axis=1)), frame=0, row=0, apart=rows.local + 1),
     ]
     return turned(column_kernels.normed_columns(parts, gain, PAST + x.shape[0], rows.local + 2, columns, interpret))
 

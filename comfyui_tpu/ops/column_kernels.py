@@ -67,7 +67,8 @@ def normed_columns(
     """SiLU of an RMS norm over channels, of each column beside its neighbours.
 
     Args:
-        parts: together all rows of all frames of the result, each once.
+        parts: together all rows of all frames of the result, each once. The first should be one that no other call has
+            as well: XLA would make what such calls share once, early, and copy it.
         gain: ``[C]``: what the norm ``x / max(|x|, 1e-12) · √C`` is multiplied by.
         frames, rows: of the result.
         columns: that lie side by side in a video's ``columns·C`` channels.
@@ -97,7 +98,7 @@ def _written(part: Part, scale: jax.Array, made: jax.Array | None, out: jax.Shap
     write = pl.BlockSpec((None, None, wide, lanes), lambda t, s: (part.frame + t, part.row + part.apart * s, 0, 0))
     fixed = pl.BlockSpec(scale.shape, lambda t, s: (0, 0))
     earlier = [] if made is None else [made]
-    moved = 4 * frames * rows * (depth + wide) * width
+    moved = 4 * frames * rows * (depth + wide) * lanes
     cost = pl.CostEstimate(flops=FLOPS * values, transcendentals=2 * values, bytes_accessed=moved)
     return pl.pallas_call(
         functools.partial(_kernel, width=width),
