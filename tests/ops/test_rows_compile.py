@@ -1,4 +1,4 @@
-"""The kernels of rows and of columns compile within every generation's VMEM limit, and take as long as planned."""
+"""The kernels of rows and of columns compile within every generation's VMEM limit, and take as long as planned.
 
 In a process of its own for each: the compiler reads where to write its schedules once.
 """
