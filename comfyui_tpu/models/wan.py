@@ -33,6 +33,7 @@ from comfyui_tpu.models.common import (
 from comfyui_tpu.models.guidance import Branches
 from comfyui_tpu.models.wan_attention import TEXT_TOKENS
 from comfyui_tpu.models.wan_block import prepare_blocks
+from comfyui_tpu.models.wan_patches import PatchEmbedding
 from comfyui_tpu.runtime import bridge, causal
 from comfyui_tpu.runtime.device_module import ComponentSpec, DeviceModule, Options
 from comfyui_tpu.runtime.errors import CheckpointError, InvalidInput
@@ -75,6 +76,7 @@ def _build_transformer(config: dict) -> torch.nn.Module:
 
     transformer = WanTransformer3DModel.from_config(config)
     prepare_blocks(transformer)
+    transformer.patch_embedding = PatchEmbedding(transformer.patch_embedding)
     return transformer
 
 

@@ -147,6 +147,12 @@ def split_inputs(parts: Sequence[torch.Tensor], layer: torch.nn.Linear) -> torch
     return env.j2t_iso(tensor_parallel.linear(jnp.concatenate(parts, axis=-1), weight))
 
 
+def spread_tokens(x: torch.Tensor) -> torch.Tensor:
+    """While tracing: ``x`` ``[B, S, C]`` with its tokens spread over the chips, if the plan says so."""
+    env = environment()
+    return env.j2t_iso(current_trace().tokens(env.t2j_iso(x)))
+
+
 def layer_norm_modulate(
     x: torch.Tensor,
     norm: torch.nn.Module,
