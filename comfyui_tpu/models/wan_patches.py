@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import torch
 
-from comfyui_tpu.runtime.bridge import spread_tokens
+from comfyui_tpu.runtime.bridge import of_own_tokens
 
 
 class PatchEmbedding(torch.nn.Module):
@@ -26,5 +26,4 @@ class PatchEmbedding(torch.nn.Module):
         # The columns of a patch and their channels as one axis before anything moves: a short last but one costs tiles.
         tokens = x.flatten(6).permute(0, 1, 3, 5, 2, 4, 6).flatten(4).flatten(1, 3)
         weight = self.weight.movedim(1, -1).flatten(1)
-        embedded = torch.nn.functional.linear(spread_tokens(tokens), weight, self.bias)
-        return embedded.transpose(1, 2)[..., None, None]
+        return of_own_tokens(tokens, weight, self.bias).transpose(1, 2)[..., None, None]

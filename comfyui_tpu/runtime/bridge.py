@@ -147,10 +147,14 @@ def split_inputs(parts: Sequence[torch.Tensor], layer: torch.nn.Linear) -> torch
     return env.j2t_iso(tensor_parallel.linear(jnp.concatenate(parts, axis=-1), weight))
 
 
-def spread_tokens(x: torch.Tensor) -> torch.Tensor:
-    """While tracing: ``x`` ``[B, S, C]`` with its tokens spread over the chips, if the plan says so."""
-    env = environment()
-    return env.j2t_iso(current_trace().tokens(env.t2j_iso(x)))
+def of_own_tokens(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
+    """While tracing: a linear layer outside of the blocks, ``[B, S, C]`` → ``[B, S, N]``, each chip its own tokens.
+
+    Said for both operands: of a weight that lies split, XLA makes a loop that computes beside each part's arrival.
+    """
+    env, context = environment(), current_trace()
+    x, weight, bias = env.t2j_iso((x, weight, bias))
+    return env.j2t_iso(tensor_parallel.linear(context.tokens(x), context.gathered(weight)) + bias)
 
 
 def layer_norm_modulate(
