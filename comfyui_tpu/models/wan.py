@@ -44,10 +44,10 @@ MIN_SIZE, MAX_SIZE = 256, 1280
 MIN_FRAMES, MAX_FRAMES, FRAMES_PER_LATENT = 17, 121, 4
 REHEARSED_SHIFT = 5.0  # the shift for 720p; of two experts it decides how many steps each has
 
-# Float32 bytes of the widest activation (base_dim channels at full size) that one decoded chunk may have on a chip.
-# Around five of them live at once, which keeps the decoder below 8 GiB.
-DECODE_ACTIVATION_BUDGET = 1.5 * 2**30
-MAX_CHUNK_LATENTS = 4
+# Of a chunk of latent frames: float32 bytes that its widest activation (base_dim channels at full size) may have on a
+# chip, and the most frames. By the compiler some five of them are alive at once in the encoder and ten in the decoder.
+ENCODE_BUDGET, MAX_ENCODE_LATENTS = 1.5 * 2**30, 4
+DECODE_BUDGET, MAX_DECODE_LATENTS = 0.75 * 2**30, 2
 
 
 def check_video_size(height: int, width: int, num_frames: int) -> None:
@@ -222,7 +222,7 @@ class WanVAE(DeviceModule):
         """Latents ``[B, 16, T, h, w]`` (un-normalised) → frames ``[B, 3, 4·(T-1)+1, 8·h, 8·w]`` in -1..1."""
         from diffusers.models.autoencoders.vae import DecoderOutput
 
-        latents = self._chunk_latents(1, z.shape[3] * 8, z.shape[4] * 8)
+        latents = self._chunk_latents(1, z.shape[3] * 8, z.shape[4] * 8, DECODE_BUDGET, MAX_DECODE_LATENTS)
         chunking = causal.Chunking("decode_first", "decode_next", 1, latents, lambda n: 4 * n, "decoding frames")
         frames = torch.cat([causal.run(self, chunking, video) for video in z.float().split(1)])
         return DecoderOutput(sample=frames) if return_dict else (frames,)
@@ -240,16 +240,16 @@ class WanVAE(DeviceModule):
 
         # As the stock encoder: frames past the last whole group of four are not encoded.
         x = x[:, :, : 1 + (x.shape[2] - 1) // 4 * 4]
-        frames = 4 * self._chunk_latents(x.shape[0], x.shape[3], x.shape[4])
+        frames = 4 * self._chunk_latents(x.shape[0], x.shape[3], x.shape[4], ENCODE_BUDGET, MAX_ENCODE_LATENTS)
         chunking = causal.Chunking("encode_first", "encode_next", 1, frames, lambda n: n // 4, "encoding frames")
         posterior = DiagonalGaussianDistribution(causal.run(self, chunking, x.float()))
         return AutoencoderKLOutput(latent_dist=posterior) if return_dict else (posterior,)
 
-    def _chunk_latents(self, batch: int, height: int, width: int) -> int:
-        """Latent frames per chunk: as many as the activation budget allows, from 1 to MAX_CHUNK_LATENTS."""
+    def _chunk_latents(self, batch: int, height: int, width: int, budget: float, most: int) -> int:
+        """Latent frames per chunk: as many as the activation budget allows, from 1 to ``most``."""
         pixels = batch * height * width * self.raw_config.get("base_dim", 96)
         per_latent = 4 * pixels * 4 / self.plan.chips
-        return int(min(max(DECODE_ACTIVATION_BUDGET // per_latent, 1), MAX_CHUNK_LATENTS))
+        return int(min(max(budget // per_latent, 1), most))
 
 
 # --- text to video ----------------------------------------------------------------------------------------------------
