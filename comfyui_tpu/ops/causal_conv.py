@@ -85,6 +85,27 @@ def rms_norm(x: jax.Array, gain: jax.Array, columns: int = 1) -> jax.Array:
     return x * scale * (jnp.tile(gain, columns) * math.sqrt(channels))
 
 
+def group_statistics(
+    x: jax.Array, rows: Rows, groups: int, eps: float, columns: int = 1
+) -> tuple[jax.Array, jax.Array]:
+    """Mean and 1 / standard deviation of each channel's group, ``[columns·C]`` float32, over the whole video.
+
+    Rows that are none do not count; ``columns`` of them lie side by side. The variance is about a centred value, as in
+    ``norm.group_norm``.
+    """
+    lanes = x.shape[-1]
+    members = lanes // columns // groups
+
+    def mean_of(values: jax.Array) -> jax.Array:
+        sums = jnp.sum(rows.real(values), axis=(0, 1, 2)).reshape(columns, groups, members).sum((0, 2))
+        sums = jax.lax.psum(sums, rows.names) / (x.shape[0] * rows.total * x.shape[2] * columns * members)
+        return jnp.tile(jnp.repeat(sums, members), columns)
+
+    wide = x.astype(jnp.float32)
+    mean = mean_of(wide)
+    return mean, jax.lax.rsqrt(mean_of(jnp.square(wide - mean)) + eps)
+
+
 def with_columns(x: jax.Array, columns: int = 1) -> jax.Array:
     """``[T, S, U, columns·C]`` → ``[T, S, U, (columns + 2)·C]``: each with the column before it and the one after."""
     channels = x.shape[-1] // columns
@@ -111,10 +132,11 @@ def convolve(x: jax.Array, weight: jax.Array, bias: jax.Array, residual: jax.Arr
 def convolve_to_few(x: jax.Array, weight: jax.Array, bias: jax.Array) -> jax.Array:
     """:func:`convolve` for few outputs, which leave the matrix unit idle: the products of all taps at once, then sums.
 
-    Float32 sums of the same products, in another order.
+    The same products, summed in another order; the result is float32.
     """
     frames, rows, channels, few = weight.shape
-    products = x @ weight.transpose(2, 0, 1, 3).reshape(channels, -1)
+    matrix = weight.transpose(2, 0, 1, 3).reshape(channels, -1)
+    products = jnp.matmul(x, matrix, preferred_element_type=jnp.float32)
     products = products.reshape(*products.shape[:-1], frames, rows, few)
     kept = [size - taps + 1 for size, taps in zip(x.shape, (frames, rows), strict=False)]
     out = jnp.tile(bias, few // bias.shape[0])
