@@ -10,7 +10,7 @@ import torch
 
 from comfyui_tpu.models import video_decoder
 from comfyui_tpu.models.video_decoder import State
-from comfyui_tpu.ops import causal_conv
+from comfyui_tpu.ops import chunk_norm
 from comfyui_tpu.ops.causal_conv import PAST, Rows
 
 
@@ -27,7 +27,7 @@ def decode(vae: torch.nn.Module, x: torch.Tensor, state: list[torch.Tensor] | No
 def _frames(decoder: torch.nn.Module, rows: Rows, weights: dict, x: jax.Array, state: State | None):
     """One device's part: ``[T, S, U, 16]`` → ``[4·T, 8·S, 4·U, 2·3]`` (columns in pairs), and its part of the state."""
     run = _Pass(decoder.norm_out.norm_layer, x, weights, rows, state)
-    x = run.causal(x, "conv_in")
+    x = run.conv_in()
     for index in range(len(decoder.mid_block.resnets)):
         x = run.resnet(x, f"mid_block.resnets.{index}")
     last = len(decoder.up_blocks) - 1
@@ -38,13 +38,13 @@ def _frames(decoder: torch.nn.Module, rows: Rows, weights: dict, x: jax.Array, s
             x = run.upsample(x, f"up_blocks.{number}.upsamplers.0.conv", in_pairs=number == last - 1)
             # After the convolution, which is of each frame alone.
             x = _twice_the_frames(x) if block.upsamplers[0].compress_time else x
-    return run.causal(run.norm(x, "norm_out"), "conv_out", to_colours=True), run.state
+    return run.normed(x, "norm_out", "conv_out", to_colours=True), run.state
 
 
-def _twice_the_frames(x: jax.Array, times: int = 2) -> jax.Array:
-    """Every frame ``times`` times; the first of an odd number stays one."""
+def _twice_the_frames(x: jax.Array) -> jax.Array:
+    """Every frame twice; the first of an odd number stays one."""
     single = x.shape[0] % 2
-    return jnp.concatenate([x[:single], jnp.repeat(x[single:], times, axis=0)])
+    return jnp.concatenate([x[:single], jnp.repeat(x[single:], 2, axis=0)])
 
 
 class _Pass(video_decoder.Pass):
@@ -59,39 +59,45 @@ class _Pass(video_decoder.Pass):
         state: State | None,
     ):
         super().__init__(weights, rows, state)
-        self.groups, self.eps, self.latents = norm.num_groups, norm.eps, latents
+        self.groups, self.eps = norm.num_groups, norm.eps
+        self.latents, self.latent_rows = latents, rows
 
-    def causal(self, x: jax.Array, name: str, residual: jax.Array | None = None, to_colours: bool = False) -> jax.Array:
-        past = next(self.old) if self.old is not None else jnp.concatenate([x[:1]] * PAST)
-        x = self.rows.with_neighbours(self.after(past, x))
-        return self.convolved(x, f"{name}.conv", residual, to_colours)
+    def conv_in(self) -> jax.Array:
+        past = next(self.old) if self.old is not None else jnp.concatenate([self.latents[:1]] * PAST)
+        return self.convolved(self.rows.with_neighbours(self.after(past, self.latents)), "conv_in.conv")
 
     def resnet(self, x: jax.Array, name: str) -> jax.Array:
         shortcut = f"{name}.conv_shortcut"
         residual = self.pointwise(x, shortcut) if f"{shortcut}.weight" in self.weights else x
-        x = self.causal(self.norm(x, f"{name}.norm1"), f"{name}.conv1")
-        return self.causal(self.norm(x, f"{name}.norm2"), f"{name}.conv2", residual)
+        x = self.normed(x, f"{name}.norm1", f"{name}.conv1")
+        return self.normed(x, f"{name}.norm2", f"{name}.conv2", residual)
 
-    def norm(self, x: jax.Array, name: str) -> jax.Array:
-        """The group norm over the whole chunk, scaled and shifted by what the latents say of each place, then SiLU."""
-        mean, scale = causal_conv.group_statistics(x, self.rows, self.groups, self.eps, self.columns)
-        gain, offset = (self.weights[f"{name}.norm_layer.{kind}"].astype(jnp.float32) for kind in ("weight", "bias"))
-        factor, shift = self._of_latents(f"{name}.conv_y.conv"), self._of_latents(f"{name}.conv_b.conv")
-        shift = self._spread(shift + factor * offset, x.shape)
-        factor = self._spread(factor * gain, x.shape)
-        places = x.reshape(*factor.shape[:2], -1, *x.shape[2:])
-        normed = (places.astype(jnp.float32) - mean) * (factor * scale)[:, :, None] + shift[:, :, None]
-        return jax.nn.silu(normed).astype(x.dtype).reshape(x.shape)
+    def normed(
+        self, x: jax.Array, norm: str, conv: str, residual: jax.Array | None = None, to_colours: bool = False
+    ) -> jax.Array:
+        """The group norm over the whole chunk, SiLU and a 3 × 3 × 3 convolution."""
+        statistics = chunk_norm.group_statistics(x, self.rows, self.groups, self.eps, self.columns)
+        x = chunk_norm.modulated(x, *statistics, *self._modulation(norm, x.shape[2]))
+        past = next(self.old) if self.old is not None else jnp.concatenate([x[PAST : PAST + 1, 1:-1]] * PAST)
+        x = x.at[:PAST, 1:-1].set(past)
+        x = self.rows.filled_in(self.keep(x, x[-PAST:, 1:-1]))
+        return self.convolved(x, f"{conv}.conv", residual, to_colours)
 
-    def _of_latents(self, name: str) -> jax.Array:
-        """A 1 × 1 × 1 convolution of the latents, ``[T, S, U, C]`` float32 at their own size."""
-        weight, bias = self.weights[f"{name}.weight"], self.weights[f"{name}.bias"].astype(jnp.float32)
-        matrix = weight.reshape(weight.shape[:2]).T
-        return jnp.matmul(self.latents, matrix, preferred_element_type=jnp.float32) + bias
+    def _modulation(self, name: str, width: int) -> tuple[jax.Array, jax.Array]:
+        """What a norm is multiplied by and what is added, ``[T, S, width, columns·C]`` float32.
 
-    def _spread(self, y: jax.Array, shape: tuple[int, ...]) -> jax.Array:
-        """To the frames and columns of a video of ``shape``, ``[T, S, U, columns·C]``; the rows stay the latents'."""
-        single = y.shape[0] % 2
-        times = (shape[0] - single) // max(y.shape[0] - single, 1)
-        y = jnp.repeat(y, shape[2] // y.shape[2], axis=2)
-        return _twice_the_frames(jnp.tile(y, self.columns), times)
+        The stock decoder convolves (1 × 1 × 1) latents that it has enlarged to the video; here only the columns are.
+        Nothing is left of rows that are none, so that the convolution sees zeros there.
+        """
+        latents = jnp.repeat(self.latents, width // self.latents.shape[2], axis=2)
+        factor, shift = (self._of_latents(latents, f"{name}.conv_{kind}.conv") for kind in "yb")
+        gain, offset = (self._lanes(f"{name}.norm_layer.{kind}") for kind in ("weight", "bias"))
+        return self.latent_rows.real(factor * gain), self.latent_rows.real(shift + factor * offset)
+
+    def _of_latents(self, latents: jax.Array, name: str) -> jax.Array:
+        weight = self.weights[f"{name}.weight"]
+        matrix = jnp.tile(weight.reshape(weight.shape[:2]).T, self.columns)
+        return jnp.matmul(latents, matrix, preferred_element_type=jnp.float32) + self._lanes(f"{name}.bias")
+
+    def _lanes(self, name: str) -> jax.Array:
+        return jnp.tile(self.weights[name].astype(jnp.float32), self.columns)

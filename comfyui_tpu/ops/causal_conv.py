@@ -56,14 +56,23 @@ class Rows:
     def with_neighbours(self, x: jax.Array) -> jax.Array:
         """``[T, S, U, C]`` → ``[T, S+2, U, C]``: with the row before and the row after, zeros beyond the picture."""
         x = self.real(x)
-        before, after = self._from(x[:, -1:], 1), self._from(x[:, :1], -1)
+        before, after = self._neighbours(x[:, :1], x[:, -1:])
         return jnp.concatenate([before, x, after], axis=1)
+
+    def filled_in(self, x: jax.Array) -> jax.Array:
+        """:meth:`with_neighbours` where there is room for them, ``[T, S+2, U, C]``, and zeros in rows that are none."""
+        before, after = self._neighbours(x[:, 1:2], x[:, -2:-1])
+        return x.at[:, :1].set(before).at[:, -1:].set(after)
 
     def whole(self, x: jax.Array) -> jax.Array:
         """``[T, S, U, C]`` → ``[T, total, U, C]``, the same on every device."""
         if self.ways > 1:
             x = jax.lax.all_gather(x, self.names, axis=1, tiled=True)
         return x[:, : self.total]
+
+    def _neighbours(self, first: jax.Array, last: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """The rows before and after from the first and last ones of each device."""
+        return self._from(last, 1), self._from(first, -1)
 
     def _from(self, row: jax.Array, step: int) -> jax.Array:
         if self.ways == 1:
@@ -83,27 +92,6 @@ def rms_norm(x: jax.Array, gain: jax.Array, columns: int = 1) -> jax.Array:
     of_column = jnp.kron(jnp.eye(columns, dtype=x.dtype), jnp.ones((channels, channels), x.dtype))
     scale = jax.lax.rsqrt(jnp.maximum((x * x) @ of_column, 1e-24))
     return x * scale * (jnp.tile(gain, columns) * math.sqrt(channels))
-
-
-def group_statistics(
-    x: jax.Array, rows: Rows, groups: int, eps: float, columns: int = 1
-) -> tuple[jax.Array, jax.Array]:
-    """Mean and 1 / standard deviation of each channel's group, ``[columns·C]`` float32, over the whole video.
-
-    Rows that are none do not count; ``columns`` of them lie side by side. The variance is about a centred value, as in
-    ``norm.group_norm``.
-    """
-    lanes = x.shape[-1]
-    members = lanes // columns // groups
-
-    def mean_of(values: jax.Array) -> jax.Array:
-        sums = jnp.sum(rows.real(values), axis=(0, 1, 2)).reshape(columns, groups, members).sum((0, 2))
-        sums = jax.lax.psum(sums, rows.names) / (x.shape[0] * rows.total * x.shape[2] * columns * members)
-        return jnp.tile(jnp.repeat(sums, members), columns)
-
-    wide = x.astype(jnp.float32)
-    mean = mean_of(wide)
-    return mean, jax.lax.rsqrt(mean_of(jnp.square(wide - mean)) + eps)
 
 
 def with_columns(x: jax.Array, columns: int = 1) -> jax.Array:
