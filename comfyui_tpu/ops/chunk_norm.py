@@ -52,20 +52,28 @@ def modulated(x: jax.Array, mean: jax.Array, scale: jax.Array, factor: jax.Array
         mean, scale: ``[C]`` float32.
         factor, shift: ``[T', S', U, C]`` float32.
     """
-    frames, rows, *_ = x.shape
+    factor = factor * scale
+    shift = shift - mean * factor
+    frames, rows, *columns = x.shape
     few, blocks, *_ = factor.shape
-    high, odd = rows // blocks, few % 2
-    times = max((frames - odd) // max(few - odd, 1), 1)
+    high, single = rows // blocks, few % 2
 
-    def block(t: jax.Array, at: jax.Array) -> jax.Array:
-        part = jax.lax.dynamic_slice_in_dim(x[t], at * high, high).astype(jnp.float32)
-        of = (t + odd * (times - 1)) // times
-        return jax.nn.silu((part - mean) * scale * factor[of, at] + shift[of, at]).astype(x.dtype)
+    # Loops, because XLA would repeat factor and shift in HBM rather than in the pass that uses them.
+    def spread(out: jax.Array, start: int, each: int, first: int, last: int) -> jax.Array:
+        """Fills ``each`` frames for each of ``factor`` from ``first`` to before ``last``, beginning with ``start``."""
 
-    # A loop, because XLA would repeat factor and shift in HBM rather than in the pass that uses them.
-    def step(index: jax.Array, out: jax.Array) -> jax.Array:
-        t, at = index // blocks, index % blocks
-        return jax.lax.dynamic_update_slice(out, block(t, at)[None], (PAST + t, 1 + at * high, 0, 0))
+        def step(index: jax.Array, out: jax.Array) -> jax.Array:
+            at, row = index // blocks, index % blocks
+            t, s = start + each * at, high * row
+            part = jax.lax.dynamic_slice(x, (t, s, 0, 0), (each, high, *columns)).astype(jnp.float32)
+            part = jax.nn.silu(part * factor[first + at, row] + shift[first + at, row])
+            return jax.lax.dynamic_update_slice(out, part.astype(x.dtype), (PAST + t, 1 + s, 0, 0))
 
-    out = jax.lax.empty((frames + PAST, rows + 2, *x.shape[2:]), x.dtype)
-    return jax.lax.fori_loop(0, frames * blocks, step, out)
+        return jax.lax.fori_loop(0, (last - first) * blocks, step, out)
+
+    out = jax.lax.empty((frames + PAST, rows + 2, *columns), x.dtype)
+    if single:
+        out = spread(out, 0, 1, 0, 1)
+    if few > single:
+        out = spread(out, single, (frames - single) // (few - single), single, few)
+    return out
