@@ -87,8 +87,7 @@ class _Pass(video_decoder.Pass):
         weight, bias = (self.weights[f"{name}.{kind}"] for kind in ("weight", "bias"))
         taps = weight[..., 0].transpose(2, 3, 1, 0)
         parts = zip(jnp.split(taps, 2, axis=-1), jnp.split(bias, 2), strict=True)
-        both = jnp.stack([causal_conv.convolve(x, *part) for part in parts], axis=1)
-        return both.reshape(-1, *both.shape[2:])
+        return causal_conv.by_turns([causal_conv.convolve(x, *part) for part in parts], 0)
 
     def _after_the_past(self, x: jax.Array) -> jax.Array:
         past = next(self.old) if self.old is not None else jnp.zeros((PAST, *x.shape[1:]), x.dtype)

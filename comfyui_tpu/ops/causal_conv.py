@@ -150,10 +150,17 @@ def upsampled(x: jax.Array, weight: jax.Array, bias: jax.Array, rows: Rows) -> j
     made = [
         convolve(wide[:, at : at + rows.local + 1], _column_pair(part)[None], bias) for at, part in enumerate(by_row)
     ]
-    # One row after the other into place: a stack is first filled up and added, in twice the time.
-    both = jax.lax.empty((made[0].shape[0], rows.local, 2, *made[0].shape[2:]), x.dtype)
-    both = both.at[:, :, 0].set(made[0]).at[:, :, 1].set(made[1])
-    return both.reshape(both.shape[0], -1, *both.shape[3:])
+    return by_turns(made, 1)
+
+
+def by_turns(parts: list[jax.Array], axis: int) -> jax.Array:
+    """Arrays of one shape as one, which has an entry of each along ``axis`` by turns."""
+    shape = parts[0].shape
+    out = jax.lax.empty((*shape[: axis + 1], len(parts), *shape[axis + 1 :]), parts[0].dtype)
+    # Set and not stacked: convolutions then write into place, and nothing is copied.
+    for index, part in enumerate(parts):
+        out = out.at[(slice(None),) * (axis + 1) + (index,)].set(part)
+    return out.reshape(*shape[:axis], -1, *shape[axis + 1 :])
 
 
 def _column_pair(taps: jax.Array) -> jax.Array:

@@ -68,3 +68,11 @@ def test_the_whole_picture_has_no_rows_that_are_none():
     video = random(1, 13, 2, 3)
     out = spread(lambda layout, x: layout.whole(x)[:, : layout.local], video, 13, 8)
     np.testing.assert_array_equal(out[:, :2], video[:, :2])
+
+
+@pytest.mark.parametrize("axis", [0, 1])
+def test_entries_come_by_turns(axis):
+    first, second = random(3, 4, 2), random(1, 3, 4, 2)[0]
+    out = causal_conv.by_turns([jnp.asarray(first), jnp.asarray(second)], axis)
+    np.testing.assert_array_equal(out, np.stack([first, second], axis + 1).reshape(out.shape))
+    assert out.shape == ((6, 4, 2), (3, 8, 2))[axis]
