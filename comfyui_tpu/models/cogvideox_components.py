@@ -8,8 +8,9 @@ from typing import Any
 
 import torch
 
-from comfyui_tpu.models import plans
+from comfyui_tpu.models import cogvideox_decoder, plans
 from comfyui_tpu.models.cogvideox_block import prepare_blocks
+from comfyui_tpu.models.video_decoder import SpreadAutoencoder
 from comfyui_tpu.runtime import bridge, causal
 from comfyui_tpu.runtime.device_module import ComponentSpec, DeviceModule
 from comfyui_tpu.runtime.errors import InvalidInput
@@ -97,12 +98,6 @@ def _denoise(transformer, hidden_states, encoder_hidden_states, timestep, rotary
     return velocity.float()
 
 
-def _decode_chunk(vae, x, state=None):
-    """Latents ``[B, 16, T, h, w]`` → frames ``[B, 3, 4·T or 4·(T-1)+1, 8·h, 8·w]`` float32 and new state."""
-    frames, cache = vae.decoder(x.to(vae.decoder.conv_in.conv.weight.dtype), conv_cache=state)
-    return frames.float(), _over_time(cache)
-
-
 def _encode_chunk(vae, x, state=None):
     """Frames ``[B, 3, T, H, W]`` → moments ``[B, 32, T/4, H/8, W/8]`` float32 and new state."""
     moments, cache = vae.encoder(x.to(vae.encoder.conv_in.conv.weight.dtype), conv_cache=state)
@@ -143,8 +138,8 @@ VAE = ComponentSpec(
     name="vae",
     build=_build_vae,
     methods={
-        "decode_first": _decode_chunk,
-        "decode_next": _decode_chunk,
+        "decode_first": cogvideox_decoder.decode,
+        "decode_next": cogvideox_decoder.decode,
         "encode_first": _encode_chunk,
         "encode_next": _encode_chunk,
     },
@@ -222,7 +217,7 @@ class CogVideoXTransformer(DeviceModule):
         return self._placed_positions[1]
 
 
-class CogVideoXVAE(DeviceModule):
+class CogVideoXVAE(SpreadAutoencoder):
     """Called as ``AutoencoderKLCogVideoX``: ``encode`` and ``decode`` in the stock module's own chunks.
 
     Its norms see a whole chunk, so another division would give other pictures: two latent (or eight real) frames, and
@@ -235,7 +230,7 @@ class CogVideoXVAE(DeviceModule):
 
         first = 2 + z.shape[2] % 2
         chunking = causal.Chunking("decode_first", "decode_next", first, 2, lambda n: 4 * n, "decoding frames")
-        frames = causal.run(self, chunking, z.float())
+        frames = torch.cat([causal.run(self, chunking, video) for video in z.float().split(1)])
         return DecoderOutput(sample=frames) if return_dict else (frames,)
 
     def encode(self, x: torch.Tensor, return_dict: bool = True):

@@ -11,7 +11,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, ClassVar
 
-import jax
 import torch
 
 from comfyui_tpu.models import plans, wan_decoder
@@ -31,13 +30,13 @@ from comfyui_tpu.models.common import (
     video_frames,
 )
 from comfyui_tpu.models.guidance import Branches
+from comfyui_tpu.models.video_decoder import SpreadAutoencoder
 from comfyui_tpu.models.wan_attention import TEXT_TOKENS
 from comfyui_tpu.models.wan_block import prepare_blocks
 from comfyui_tpu.models.wan_patches import PatchEmbedding
 from comfyui_tpu.runtime import bridge, causal
 from comfyui_tpu.runtime.device_module import ComponentSpec, DeviceModule, Options
 from comfyui_tpu.runtime.errors import CheckpointError, InvalidInput
-from comfyui_tpu.runtime.plan import sharding
 
 SIZE_MULTIPLE = 16  # the autoencoder divides by 8, the transformer's patches by 2
 MIN_SIZE, MAX_SIZE = 256, 1280
@@ -211,7 +210,7 @@ class WanTransformer(DeviceModule):
         return sample if both is None else branches.keep(*call, sample)
 
 
-class WanVAE(DeviceModule):
+class WanVAE(SpreadAutoencoder):
     """Called as ``AutoencoderKLWan``: ``encode`` and ``decode``, chunk by chunk with progress and Cancel between."""
 
     @property
@@ -226,12 +225,6 @@ class WanVAE(DeviceModule):
         chunking = causal.Chunking("decode_first", "decode_next", 1, latents, lambda n: 4 * n, "decoding frames")
         frames = torch.cat([causal.run(self, chunking, video) for video in z.float().split(1)])
         return DecoderOutput(sample=frames) if return_dict else (frames,)
-
-    def activation_sharding(self, shape: tuple[int, ...]) -> jax.sharding.Sharding:
-        """Of videos as the plan says; with four axes it is the decoder's state."""
-        if len(shape) != 4:
-            return super().activation_sharding(shape)
-        return sharding(self.plan, self.devices, wan_decoder.spread_rows(self.plan))
 
     def encode(self, x: torch.Tensor, return_dict: bool = True):
         """Frames ``[B, 3, 4·n+1, H, W]`` in -1..1 → distribution of latents ``[B, 16, n+1, H/8, W/8]``."""

@@ -62,12 +62,17 @@ class Rows:
     def with_neighbours(self, x: jax.Array) -> jax.Array:
         """``[T, S, U, C]`` → ``[T, S+2, U, C]``: with the row before and the row after, zeros beyond the picture."""
         x = self.real(x)
-        before, after = self.neighbours(x)
+        before, after = self.neighbours(x[:, :1], x[:, -1:])
         return jnp.concatenate([before, x, after], axis=1)
 
-    def neighbours(self, x: jax.Array) -> tuple[jax.Array, jax.Array]:
-        """The row before ``x`` ``[T, S, U, C]`` and the row after it, ``[T, 1, U, C]``; zeros beyond the picture."""
-        return self._from(self.real(x)[:, -1:], 1), self._from(self.real(x)[:, :1], -1)
+    def filled_in(self, x: jax.Array) -> jax.Array:
+        """:meth:`with_neighbours` where there is room for them, ``[T, S+2, U, C]``, and zeros in rows that are none."""
+        before, after = self.neighbours(x[:, 1:2], x[:, -2:-1])
+        return x.at[:, :1].set(before).at[:, -1:].set(after)
+
+    def neighbours(self, first: jax.Array, last: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """The rows before and after, from the first and the last ones of each device; zeros beyond the picture."""
+        return self._from(last, 1), self._from(first, -1)
 
     def whole(self, x: jax.Array) -> jax.Array:
         """``[T, S, U, C]`` → ``[T, total, U, C]``, the same on every device."""
@@ -119,7 +124,9 @@ def normed_columns(
         video = rows.with_neighbours(jnp.concatenate([past, x]))
         return with_columns(jax.nn.silu(rms_norm(video, gain, columns)), columns)
     turned = lambda video: video.swapaxes(2, 3)  # noqa: E731
-    edges = [jnp.concatenate(each) for each in zip(rows.neighbours(past), rows.neighbours(x), strict=True)]
+    both = [rows.real(part) for part in (past, x)]
+    first, last = (jnp.concatenate([part[:, rows_at] for part in both]) for rows_at in (slice(1), slice(-1, None)))
+    edges = rows.neighbours(first, last)
     real = None if rows.total == rows.local * rows.ways else rows.count()[None]
     parts = [
         Part(turned(x), frame=PAST, row=1, real=real),
@@ -155,10 +162,11 @@ def convolve(x: jax.Array, weight: jax.Array, bias: jax.Array, residual: jax.Arr
 def convolve_to_few(x: jax.Array, weight: jax.Array, bias: jax.Array) -> jax.Array:
     """:func:`convolve` for few outputs, which leave the matrix unit idle: the products of all taps at once, then sums.
 
-    Float32 sums of the same products, in another order.
+    The same products, summed in another order; the result is float32.
     """
     frames, rows, channels, few = weight.shape
-    products = x @ weight.transpose(2, 0, 1, 3).reshape(channels, -1)
+    matrix = weight.transpose(2, 0, 1, 3).reshape(channels, -1)
+    products = jnp.matmul(x, matrix, preferred_element_type=jnp.float32)
     products = products.reshape(*products.shape[:-1], frames, rows, few)
     kept = [size - taps + 1 for size, taps in zip(x.shape, (frames, rows), strict=False)]
     out = jnp.tile(bias, few // bias.shape[0])
@@ -184,8 +192,17 @@ def upsampled(x: jax.Array, weight: jax.Array, bias: jax.Array, rows: Rows) -> j
     made = [
         convolve(wide[:, at : at + rows.local + 1], _column_pair(part)[None], bias) for at, part in enumerate(by_row)
     ]
-    both = jnp.stack(made, axis=2)
-    return both.reshape(both.shape[0], -1, *both.shape[3:])
+    return by_turns(made, 1)
+
+
+def by_turns(parts: list[jax.Array], axis: int) -> jax.Array:
+    """Arrays of one shape as one, which has an entry of each along ``axis`` by turns."""
+    shape = parts[0].shape
+    out = jax.lax.empty((*shape[: axis + 1], len(parts), *shape[axis + 1 :]), parts[0].dtype)
+    # Set and not stacked: convolutions then write into place, and nothing is copied.
+    for index, part in enumerate(parts):
+        out = out.at[(slice(None),) * (axis + 1) + (index,)].set(part)
+    return out.reshape(*shape[:axis], -1, *shape[axis + 1 :])
 
 
 def _column_pair(taps: jax.Array) -> jax.Array:

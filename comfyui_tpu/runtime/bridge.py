@@ -43,6 +43,11 @@ class TraceContext:
     mesh: Mesh
     smooth_keys: bool = False
 
+    @property
+    def on_tpu(self) -> bool:
+        """Whether the program is for TPUs, so that it may have Pallas kernels."""
+        return self.mesh.devices.flat[0].platform == "tpu"
+
     def constrain(self, x: jax.Array, *spec: Any) -> jax.Array:
         """``x`` with a sharding constraint; lengths that do not divide are padded and masked by the partitioner."""
         if self.plan.chips == 1:

@@ -106,8 +106,8 @@ def test_vae_decode_agrees_with_the_reference(model, wan_reference, latent_frame
 def test_vae_decode_does_not_depend_on_the_chunk_size(wan_folder, wan_reference, monkeypatch):
     model = open_on(tuple(jax.devices()[:1]), wan_folder)
     latents = torch.randn(1, 16, 4, 16, 16, generator=torch.Generator().manual_seed(2))
-    monkeypatch.setattr(wan, "DECODE_ACTIVATION_BUDGET", 1)
-    assert model.vae._chunk_latents(1, 128, 128) == 1
+    monkeypatch.setattr(wan, "DECODE_BUDGET", 1)
+    assert model.vae._chunk_latents(1, 128, 128, wan.DECODE_BUDGET, wan.MAX_DECODE_LATENTS) == 1
     with torch.no_grad():
         reference = wan_reference.vae.decode(latents).sample
     assert relative_error(model.vae.decode(latents).sample, reference) <= COMPONENT_BOUND

@@ -1,53 +1,14 @@
 """Causal convolutions of spread videos against torch's own, on one device and on eight."""
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
-from jax.sharding import Mesh, PartitionSpec
 
 from comfyui_tpu.ops import causal_conv, column_kernels
 from comfyui_tpu.ops.causal_conv import Rows
-
-# Rows that divide by the devices, rows that leave the last ones half or wholly empty, and one device.
-LAYOUTS = [(16, 8), (13, 8), (9, 4), (6, 1)]
-
-
-def spread(run, video, rows, chips, *weights):
-    """``run(rows, video, *weights)`` on ``chips`` devices; what the filled-up rows give is cut off."""
-    out = everywhere(run, video, rows, chips, *weights)
-    return out[:, : out.shape[1] // (-(-rows // chips) * chips) * rows]
-
-
-def everywhere(run, video, rows, chips, *weights):
-    """All rows that ``run(rows, video, *weights)`` makes on ``chips`` devices."""
-    local = -(-rows // chips)
-    layout = Rows(rows, local, (("a", 2), ("b", chips // 2)) if chips > 1 else (("a", 1),))
-    mesh = Mesh(np.array(jax.devices()[:chips]).reshape([size for _, size in layout.axes]), layout.names)
-    # Not zeros: what lies in rows that are none must not count.
-    padded = np.pad(video, ((0, 0), (0, local * chips - rows), (0, 0), (0, 0)), constant_values=7.0)
-    by_rows = PartitionSpec(None, layout.names)
-    body = jax.shard_map(
-        lambda x, *w: run(layout, x, *w),
-        mesh=mesh,
-        in_specs=(by_rows, *[PartitionSpec()] * len(weights)),
-        out_specs=by_rows,
-        check_vma=False,
-    )
-    return jax.tree.map(np.asarray, jax.jit(body)(padded, *weights))
-
-
-def random(*shape):
-    return np.random.default_rng(sum(shape)).standard_normal(shape, dtype=np.float32)
-
-
-def as_torch(video):
-    """``[T, S, U, C]`` → ``[1, C, T, S, U]``."""
-    return torch.from_numpy(video).permute(3, 0, 1, 2)[None]
-
-
-def from_torch(video):
-    return video[0].permute(1, 2, 3, 0).numpy()
+from tests.ops.spread import LAYOUTS, as_torch, everywhere, from_torch, random, spread
 
 
 @pytest.mark.parametrize("convolve", [causal_conv.convolve, causal_conv.convolve_to_few])
@@ -64,6 +25,20 @@ def test_a_convolution_is_torchs(rows, chips, columns, convolve):
     out = spread(run, paired, rows, chips, weight, bias).reshape(3, rows, 12, 6)
     expected = torch.nn.functional.conv3d(as_torch(video), *map(torch.from_numpy, (weight, bias)), padding=(0, 1, 1))
     np.testing.assert_allclose(out, from_torch(expected), rtol=2e-6, atol=2e-5)
+
+
+@pytest.mark.parametrize(("rows", "chips"), LAYOUTS)
+def test_every_row_has_its_neighbours_and_zeros_beyond_the_picture(rows, chips):
+    video = random(2, rows, 4, 3)
+
+    def into_room(layout, x):
+        return layout.filled_in(jnp.pad(layout.real(x), ((0, 0), (1, 1), (0, 0), (0, 0)), constant_values=7.0))
+
+    padded = np.pad(video, ((0, 0), (1, 1), (0, 0), (0, 0)))
+    expected = np.concatenate([padded[:, :-2], padded[:, 2:]], axis=-1)
+    for run in (into_room, Rows.with_neighbours):
+        both = lambda layout, x, run=run: jnp.concatenate([run(layout, x)[:, :-2], run(layout, x)[:, 2:]], axis=-1)  # noqa: E731
+        np.testing.assert_array_equal(spread(both, video, rows, chips), expected)
 
 
 @pytest.mark.parametrize(("rows", "chips"), LAYOUTS)
@@ -114,3 +89,11 @@ def test_the_whole_picture_has_no_rows_that_are_none():
     video = random(1, 13, 2, 3)
     out = spread(lambda layout, x: layout.whole(x)[:, : layout.local], video, 13, 8)
     np.testing.assert_array_equal(out[:, :2], video[:, :2])
+
+
+@pytest.mark.parametrize("axis", [0, 1])
+def test_entries_come_by_turns(axis):
+    first, second = random(3, 4, 2), random(1, 3, 4, 2)[0]
+    out = causal_conv.by_turns([jnp.asarray(first), jnp.asarray(second)], axis)
+    np.testing.assert_array_equal(out, np.stack([first, second], axis + 1).reshape(out.shape))
+    assert out.shape == ((6, 4, 2), (3, 8, 2))[axis]
