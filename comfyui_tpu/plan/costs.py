@@ -80,6 +80,7 @@ class Cost:
         hbm_bytes: moved between HBM and the chip.
         collective_bytes: sent or received in collectives, whether waited for or not.
         unknown_loops: loops whose length could not be told; their bodies count once.
+        without_figure: operations that the compiler itself has no estimate for; they count as long as their bytes take.
         unknown_kernels: Pallas kernels, by name, without cycles and without a cost estimate; they count nothing.
         kernels_at_peak: Pallas kernels, by name, without cycles: their flop count as if at the matmul peak.
     """
@@ -88,6 +89,7 @@ class Cost:
     hbm_bytes: float = 0
     collective_bytes: float = 0
     unknown_loops: int = 0
+    without_figure: int = 0
     unknown_kernels: Counter = field(default_factory=Counter)
     kernels_at_peak: Counter = field(default_factory=Counter)
 
@@ -110,6 +112,7 @@ class Cost:
         self.hbm_bytes += other.hbm_bytes * times
         self.collective_bytes += other.collective_bytes * times
         self.unknown_loops += other.unknown_loops
+        self.without_figure += other.without_figure
         self.unknown_kernels.update(other.unknown_kernels)
         self.kernels_at_peak.update(other.kernels_at_peak)
 
@@ -274,6 +277,10 @@ class _Reader:
         return None
 
     def _compute(self, instruction: hlo.Instruction, shapes: dict[str, hlo.Instruction], cost: Cost) -> float:
+        if instruction.without_figure:
+            cost.without_figure += 1
+            generation = self.topology.generation
+            return self._hbm_bytes(instruction, shapes) / generation.hbm_bandwidth * generation.clock
         if instruction.custom_call_target != _KERNEL:
             return instruction.estimated_cycles or self._moved(instruction, shapes)
         cycles = self.kernel_cycles(instruction)

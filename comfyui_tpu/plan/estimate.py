@@ -270,6 +270,8 @@ def _compile(call: Call, *, topology: Topology, effort: str, kernel_cycles: cost
 def _warnings(call: Call, cost: costs.Cost, effort: str) -> Iterator[str]:
     if cost.unknown_loops:
         yield f"{call.label}: {cost.unknown_loops} loops of unknown length are counted once."
+    if cost.without_figure:
+        yield f"{call.label}: the compiler has no cycles for {cost.without_figure} operations; their bytes are counted."
     if cost.unknown_kernels:
         yield f"{call.label}: Pallas kernels of unknown cost count nothing: {', '.join(cost.unknown_kernels)}."
     if cost.kernels_at_peak:

@@ -13,6 +13,7 @@ import numpy as np
 _BITS = {"pred": 8, "s4": 4, "u4": 4, "s2": 2, "u2": 2, "token": 0, "opaque": 0}
 _SHAPE = re.compile(r"([a-z]+\d*[a-z0-9]*)\[([\d,]*)\](\{[^}]*\})?")
 _NAME = re.compile(r"%([\w.\-]+)")
+_NO_FIGURE = 2**63 - 1  # the largest 64-bit number: how the compiler writes that it has no estimate
 
 
 @dataclass(frozen=True)
@@ -39,6 +40,15 @@ class Instruction:
     @functools.cached_property
     def estimated_cycles(self) -> int:
         """The compiler's own estimate for one execution; 0 where it has none."""
+        return 0 if self.without_figure else self._written_cycles
+
+    @property
+    def without_figure(self) -> bool:
+        """Whether the compiler wrote that it has no estimate for this operation."""
+        return self._written_cycles >= _NO_FIGURE
+
+    @functools.cached_property
+    def _written_cycles(self) -> int:
         return _number(r'"estimated_cycles":"(\d+)"', self.attributes) or 0
 
     @property

@@ -56,6 +56,15 @@ def test_each_operation_counts_in_its_category():
     assert cost.cycles == 1375
 
 
+def test_an_operation_without_a_figure_counts_as_long_as_its_bytes_take():
+    cost = costs.read(
+        program(X, f"ROOT %m = bf16[8,8]{{1,0}} fusion(%x, %x), calls=%fused_matmul, {cycles(2**63 - 1)}"), V6E
+    )
+    (operation,) = cost.operations
+    assert operation.cycles == pytest.approx(3 * 128 / V6E.generation.hbm_bandwidth * CLOCK)
+    assert (operation.category, cost.without_figure) == ("matmul", 1)
+
+
 def test_a_loops_body_counts_as_often_as_it_runs_and_nested_loops_multiply():
     before = """
 %condition (p: s32[]) -> pred[] {

@@ -36,7 +36,7 @@ def test_the_model_compiles_for_the_topology_and_reports_its_memory(rows, case):
         assert not program.failure, f"{label}: {program.failure}"
         assert program.argument_bytes > 0
         assert program.temp_bytes > 0
-        assert program.total_cycles > 0
+        assert 0 < program.total_cycles < 1e12
         assert program.flops > 0
 
 
