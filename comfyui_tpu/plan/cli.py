@@ -72,7 +72,7 @@ def _parser() -> argparse.ArgumentParser:
         "--effort",
         choices=(AUTO, *EFFORTS),
         default=AUTO,
-        help="how hard the compiler tries (default: as in production, less for autoencoders, which take it minutes)",
+        help="how hard the compiler tries (default: as in production, less for stock autoencoders, which take it long)",
     )
     parser.add_argument(
         "--only",

@@ -28,6 +28,7 @@ import numpy as np
 
 import comfyui_tpu
 from comfyui_tpu.models.common import Task
+from comfyui_tpu.models.video_decoder import SpreadAutoencoder
 from comfyui_tpu.plan import costs, flops, hlo
 from comfyui_tpu.plan.hardware import Topology, describe_devices
 from comfyui_tpu.plan.kernels import OurKernels
@@ -45,7 +46,7 @@ EFFORTS: dict[str, dict[str, Any]] = {
     "quick": {"optimization_level": 19},
     "quickest": {"exec_time_optimization_effort": -1.0},
 }
-AUTO = "auto"  # quick for autoencoders, which take the compiler minutes; production for the rest
+AUTO = "auto"  # quick for autoencoders that are traced as they stand, which take the compiler long; else production
 PACKAGES = ("jax", "libtpu", "torch", "torchax", "diffusers", "transformers")
 
 
@@ -169,9 +170,10 @@ def estimate(
 
 
 def _effort(call: Call, effort: str) -> str:
-    if effort == AUTO:
-        return "quick" if call.module.plan.shard_space else "production"
-    return effort
+    if effort != AUTO:
+        return effort
+    ours = isinstance(call.module, SpreadAutoencoder) and call.method.startswith("decode")
+    return "quick" if call.module.plan.shard_space and not ours else "production"
 
 
 def _compiled(
