@@ -199,15 +199,20 @@ def verdict(model: str, topology_name: str) -> str:
     """Whether ``model`` stays loaded as a whole, runs part by part, or does not fit.
 
     The planner's own rule for topologies that were not compiled: exact weights, and the working memory of v6e-8 spread
-    over as many devices as there are.
+    over as many devices as there are. The sampler and the decoder do not run at once.
     """
     from comfyui_tpu.plan import hardware
 
     topology = hardware.parse(topology_name)
-    sizes = weights(model, topology.devices).values()
-    working = figures()["working_gib"][model] * GIB * 8 / topology.devices
-    room = topology.generation.hbm_bytes - working
-    return RESIDENT if sum(sizes) <= room else IN_TURN if max(sizes) <= room else TOO_SMALL
+    sizes, found = weights(model, topology.devices), figures()
+    sampling, decoding = (
+        found[kind].get(model, 0) * GIB * 8 / topology.devices for kind in ("working_gib", "decoder_gib")
+    )
+    room = topology.generation.hbm_bytes
+    if sum(sizes.values()) + max(sampling, decoding) <= room:
+        return RESIDENT
+    in_turn = max(max(sizes.values()) + sampling, sizes["vae"] + decoding)
+    return IN_TURN if in_turn <= room else TOO_SMALL
 
 
 def machines_table(language: str) -> list[str]:
@@ -237,9 +242,10 @@ def steps_table(language: str) -> list[str]:
     for row in found["steps"]:
         times = [texts["seconds"].format(row[key]) for key in ("estimate", "published")]
         rows.append(f"| {row['model']} | {row['task']} | {' | '.join(times)} | {row['whole']} |")
-    decode = found["decode"]
-    times = [texts["decode"].format(decode[key]) for key in ("estimate", "published")]
-    return [*rows, f"| {decode['model']} | {decode['task']} | {' | '.join(times)} | – |"]
+    for row in found["decode"]:
+        times = [texts["decode"].format(row[key]) for key in ("estimate", "published")]
+        rows.append(f"| {row['model']} | {row['task']} | {' | '.join(times)} | – |")
+    return rows
 
 
 def basis(language: str) -> list[str]:

@@ -128,7 +128,7 @@ def test_the_estimates_are_those_of_the_calibration_page():
     """Figures live in docs/figures.json; the calibration page says what they consist of."""
     text = page("docs/calibration.md").text
     found = tables.figures()
-    for row in [*found["steps"], found["decode"]]:
+    for row in [*found["steps"], *found["decode"]]:
         (line,) = [line for line in text.splitlines() if line.startswith(f"| {row['model']},")]
         assert f"| {row['estimate']:.2f} s |" in line or f"| {row['estimate']:g} s" in line, row["model"]
         assert f"| {row['published']:g} s" in line, row["model"]
