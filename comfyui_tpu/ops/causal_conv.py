@@ -114,13 +114,13 @@ def normed_columns(
     Args:
         past: ``[2, S, U, columns·C]``, the frames before ``x`` ``[T, S, U, columns·C]``.
         gain: ``[C]``.
-        kernel: run the Pallas kernel where it fits; it needs a TPU, or ``interpret``.
+        kernel: run the Pallas kernel where it fits, in float32; it needs a TPU, or ``interpret``.
         interpret: run it in Pallas' interpreter (any backend; for tests).
 
     Returns:
         ``[T+2, S+2, U, (columns + 2)·C]``.
     """
-    if not (kernel and column_kernels.fits(gain.shape[0], columns)):
+    if not (kernel and x.dtype == jnp.float32 and column_kernels.fits(gain.shape[0], columns)):
         video = rows.with_neighbours(jnp.concatenate([past, x]))
         return with_columns(jax.nn.silu(rms_norm(video, gain, columns)), columns)
     turned = lambda video: video.swapaxes(2, 3)  # noqa: E731

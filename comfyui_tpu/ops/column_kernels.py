@@ -21,9 +21,9 @@ from jax.experimental.pallas import tpu as pltpu
 
 LANES, SUBLANES = 128, 8
 NAME = "normed_columns"
+FLOPS = 8  # of a value, by our own account: so the planner learns how many values a kernel reads
 # Cycles of 1024 values read, from the compiler's schedules (docs/attention.md tells how to read them; jax 0.10.2,
 # libtpu 0.0.42.1): of a device (v4 and v5p have two cores), at most. Reading and writing takes at least as long.
-FLOPS = 8  # of a value, by our own account: so the planner learns how many values a kernel reads
 _CYCLES = {"v4": 8.8, "v5e": 11.2, "v5p": 5.6, "v6e": 6.7, "v7x": 6.9}
 
 
