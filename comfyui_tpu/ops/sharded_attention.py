@@ -393,8 +393,8 @@ def _tokens_for_lanes(parts, starts, exchange, lanes, spare, multiple):
         zeros = jnp.zeros((rest + spare, len(lanes)), out.dtype)
         out = jax.lax.dynamic_update_slice_in_dim(out, zeros, rows - spare, axis=0)
     for part, start in zip(parts, starts, strict=True):
-        # The case of a negative start, which JAX provides for, would hide from XLA that these begin at whole tiles. (Where
-        # results are put, saying so costs more than it saves: XLA then no longer sends beside the attention.)
+        # The case of a negative start, which JAX provides for, would hide from XLA that these begin at whole tiles.
+        # (Where results are put, saying so costs more than it saves: XLA then no longer sends beside the attention.)
         cut = lambda device, x=part: jax.lax.dynamic_slice_in_dim(  # noqa: E731
             x, device * own + lanes.start, len(lanes), axis=1, allow_negative_indices=False
         )
