@@ -230,7 +230,7 @@ class CogVideoXVAE(SpreadAutoencoder):
 
         first = 2 + z.shape[2] % 2
         chunking = causal.Chunking("decode_first", "decode_next", first, 2, lambda n: 4 * n, "decoding frames")
-        frames = torch.cat([causal.run(self, chunking, video) for video in z.float().split(1)])
+        frames = self.decoded(z, chunking)
         return DecoderOutput(sample=frames) if return_dict else (frames,)
 
     def encode(self, x: torch.Tensor, return_dict: bool = True):

@@ -77,8 +77,7 @@ class _Pass(video_decoder.Pass):
         return self.convolved(self.with_neighbours(past, self.after(past, self.latents)), "conv_in.conv")
 
     def resnet(self, x: jax.Array, name: str) -> jax.Array:
-        shortcut = f"{name}.conv_shortcut"
-        residual = self.pointwise(x, shortcut) if f"{shortcut}.weight" in self.weights else x
+        residual = self.shortcut(x, name)
         x = self.normed(x, f"{name}.norm1", f"{name}.conv1")
         return self.normed(x, f"{name}.norm2", f"{name}.conv2", residual)
 

@@ -16,7 +16,7 @@ from jax.sharding import PartitionSpec
 from comfyui_tpu.ops import causal_conv
 from comfyui_tpu.ops.causal_conv import PAST, Rows
 from comfyui_tpu.ops.padding import pad_to_multiple
-from comfyui_tpu.runtime import bridge
+from comfyui_tpu.runtime import bridge, causal
 from comfyui_tpu.runtime.device_module import DeviceModule
 from comfyui_tpu.runtime.plan import Plan, sharding
 
@@ -36,6 +36,10 @@ class SpreadAutoencoder(DeviceModule):
         if len(shape) != 4:
             return super().activation_sharding(shape)
         return sharding(self.plan, self.devices, spread_rows(self.plan))
+
+    def decoded(self, z: torch.Tensor, chunking: causal.Chunking) -> torch.Tensor:
+        """Latents ``[B, C, T, h, w]`` through all chunks, one video after the other as the decoder takes them."""
+        return torch.cat([causal.run(self, chunking, video) for video in z.float().split(1)])
 
 
 def decode(
@@ -106,6 +110,11 @@ class Pass:
         if self.columns > 1:
             matrix = jnp.kron(jnp.eye(self.columns, dtype=matrix.dtype), matrix)
         return x @ matrix + jnp.tile(self.weights[f"{name}.bias"], self.columns)
+
+    def shortcut(self, x: jax.Array, name: str) -> jax.Array:
+        """What the residual block ``name`` adds: ``x``, by a convolution of single places where it has one."""
+        shortcut = f"{name}.conv_shortcut"
+        return self.pointwise(x, shortcut) if f"{shortcut}.weight" in self.weights else x
 
     def convolved(
         self, wide: jax.Array, name: str, residual: jax.Array | None = None, to_colours: bool = False

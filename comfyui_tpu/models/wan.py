@@ -223,7 +223,7 @@ class WanVAE(SpreadAutoencoder):
 
         latents = self._chunk_latents(1, z.shape[3] * 8, z.shape[4] * 8, DECODE_BUDGET, MAX_DECODE_LATENTS)
         chunking = causal.Chunking("decode_first", "decode_next", 1, latents, lambda n: 4 * n, "decoding frames")
-        frames = torch.cat([causal.run(self, chunking, video) for video in z.float().split(1)])
+        frames = self.decoded(z, chunking)
         return DecoderOutput(sample=frames) if return_dict else (frames,)
 
     def encode(self, x: torch.Tensor, return_dict: bool = True):

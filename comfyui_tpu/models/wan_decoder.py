@@ -75,8 +75,7 @@ class _Pass(video_decoder.Pass):
     def resnet(self, x: jax.Array, name: str) -> jax.Array:
         # The residual is what has its past, so that XLA does not lay out twice what it was before.
         past, x = self.past_of(x)
-        shortcut = f"{name}.conv_shortcut"
-        residual = self.pointwise(x, shortcut) if f"{shortcut}.weight" in self.weights else x
+        residual = self.shortcut(x, name)
         x = self.causal(past, x, f"{name}.conv1", f"{name}.norm1")
         return self.causal(*self.past_of(x), f"{name}.conv2", f"{name}.norm2", residual)
 

@@ -46,12 +46,17 @@ class Rows:
     def names(self) -> tuple[str, ...]:
         return tuple(name for name, _ in self.axes)
 
+    @property
+    def all_real(self) -> bool:
+        """Whether the rows divide by the devices, so that none has any beyond them."""
+        return self.total == self.local * self.ways
+
     def doubled(self) -> Rows:
         return Rows(2 * self.total, 2 * self.local, self.axes)
 
     def real(self, x: jax.Array) -> jax.Array:
         """``[T, S, U, C]`` with zeros in the rows that are none."""
-        if self.total == self.local * self.ways:
+        if self.all_real:
             return x
         return jnp.where((jnp.arange(self.local) < self.count())[:, None, None], x, 0)
 
@@ -127,7 +132,7 @@ def normed_columns(
     both = [rows.real(part) for part in (past, x)]
     first, last = (jnp.concatenate([part[:, rows_at] for part in both]) for rows_at in (slice(1), slice(-1, None)))
     edges = rows.neighbours(first, last)
-    real = None if rows.total == rows.local * rows.ways else rows.count()[None]
+    real = None if rows.all_real else rows.count()[None]
     parts = [
         Part(turned(x), frame=PAST, row=1, real=real),
         Part(turned(past), frame=0, row=1, real=real),

@@ -237,8 +237,7 @@ class _Reader:
 
     def _copy(self, instruction: hlo.Instruction) -> _Transfer:
         """A copy between HBM and vector memory."""
-        generation = self.topology.generation
-        return _Transfer({_HBM: generation.clock * instruction.moved() / generation.hbm_bandwidth})
+        return _Transfer({_HBM: self._through_hbm(instruction.moved())})
 
     def _over_links(self, collective: hlo.Instruction) -> _Transfer:
         """A permutation takes the links on its devices' ways; any other collective all links, as long as it lasts."""
@@ -279,8 +278,7 @@ class _Reader:
     def _compute(self, instruction: hlo.Instruction, shapes: dict[str, hlo.Instruction], cost: Cost) -> float:
         if instruction.without_figure:
             cost.without_figure += 1
-            generation = self.topology.generation
-            return self._hbm_bytes(instruction, shapes) / generation.hbm_bandwidth * generation.clock
+            return self._through_hbm(self._hbm_bytes(instruction, shapes))
         if instruction.custom_call_target != _KERNEL:
             return instruction.estimated_cycles or self._moved(instruction, shapes)
         cycles = self.kernel_cycles(instruction)
@@ -302,8 +300,12 @@ class _Reader:
             moved = min(instruction.bytes(hbm_only=True), self._part_written([], instruction, shapes))
         else:
             moved = instruction.bytes(hbm_only=True) if instruction.opcode in _COPIES else 0
+        return self._through_hbm(2 * moved)
+
+    def _through_hbm(self, moved: float) -> float:
+        """Cycles that so many bytes take at HBM's full bandwidth."""
         generation = self.topology.generation
-        return 2 * moved / generation.hbm_bandwidth * generation.clock
+        return moved / generation.hbm_bandwidth * generation.clock
 
     def _operation(self, instruction: hlo.Instruction, shapes: dict[str, hlo.Instruction], cycles: float) -> Operation:
         # To wait for a transfer is time spent on it.

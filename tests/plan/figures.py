@@ -34,22 +34,19 @@ def measured(model: str, method: str) -> dict:
     from comfyui_tpu.plan import catalogue, hardware
     from comfyui_tpu.plan.estimate import Job, estimate
     from comfyui_tpu.plan.rehearsal import open_model, rehearse
-    from comfyui_tpu.plan.report import assemble
 
     topology, entry = hardware.parse(TOPOLOGY), catalogue.entry(model)
     with tempfile.TemporaryDirectory() as temporary:
         folder = catalogue.write(entry.configs, Path(temporary))
-        opened = open_model(folder, hardware.describe_devices(topology))
-        calls = rehearse(opened, entry.task)
+        calls = rehearse(open_model(folder, hardware.describe_devices(topology)), entry.task)
         (wanted,) = [index for index, call in enumerate(calls) if call.method == method]
         (program,) = estimate(Job(folder, entry.task, topology), calls, wanted=[wanted], use_cache=False, workers=1)
-        found = assemble(model, opened, topology, entry.task, [program])
     times = entry.task.num_inference_steps if method == "denoise" else 1
     cycles = {category: number * program.calls / times for category, number in program.cycles.items()}
     return {
         "seconds": round(sum(cycles.values()) / topology.generation.clock, 4),
         "million_cycles": {category: round(number / 1e6, 1) for category, number in cycles.items()},
-        "plan": found.plans[calls[wanted].components[0]],
+        "plan": calls[wanted].module.plan.name,
         "warnings": list(program.warnings),
         "compile_seconds": round(program.compile_seconds),
     }
